@@ -1,0 +1,1 @@
+"""The artifact on disk: format, streaming writer, validating reader."""

@@ -1,0 +1,1 @@
+"""Measuring: text, statistics, and the pass over decoder blocks one at a time."""

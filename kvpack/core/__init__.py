@@ -1,0 +1,1 @@
+"""Types, roles, errors and the registry: what every other layer builds on."""

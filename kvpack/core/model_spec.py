@@ -1,0 +1,124 @@
+"""What is known of a model before any weight is read: pure data, made by `kvpack.models`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from kvpack.core.types import TensorSpec
+
+
+@dataclass(frozen=True)
+class SourceTensor(TensorSpec):
+    """One tensor of the checkpoint: its shape and dtype, and the shard that holds it."""
+
+    file: str
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A linear layer whose weight may be packed.
+
+    `name` is the module's path in the transformers model ("model.layers.0.self_attn.q_proj"),
+    which is also the prefix of its tensors in the checkpoint. `role` is one of "q", "k", "v",
+    "qkv", "o", "gate", "up", "gate_up", "down", "lm_head". `shape` is (R, C) = (out, in).
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, int]
+    layer: int | None
+    bias: bool
+
+    @property
+    def weight(self) -> str:
+        """Checkpoint name of the weight."""
+        return f"{self.name}.weight"
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Rows (or columns, for the output projection) of a linear layer, one range per head."""
+
+    linear: str
+    heads: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One attention layer, in the terms that KV compression needs.
+
+    `module` and `block` are paths of the attention module and of its decoder layer. `window` is
+    the sliding window in tokens, None for full attention. `key_norm` tells that a norm stands
+    between the key projection and RoPE.
+    """
+
+    layer: int
+    module: str
+    block: str
+    kind: Literal["full", "sliding"]
+    window: int | None
+    heads: int
+    kv_heads: int
+    head_dim: int
+    key: Projection
+    value: Projection
+    output: Projection
+    key_norm: bool
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A checkpoint and the architecture it belongs to.
+
+    `tied` maps a tensor name to the one that holds its data (lm_head -> embedding). `ignored` are
+    checkpoint tensors that the architecture does not use, with the reason. `buffers` are module
+    buffers that are computed, not stored.
+    """
+
+    path: Path
+    family: str
+    architecture: str
+    hidden_size: int
+    vocab_size: int
+    max_positions: int
+    dtype: str
+    rope_type: str
+    tensors: Mapping[str, SourceTensor]
+    linears: tuple[LinearSpec, ...]
+    attention: tuple[AttentionSpec, ...]
+    blocks: tuple[str, ...]
+    tied: Mapping[str, str] = field(default_factory=dict)
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    revision: str | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Stored elements, tied tensors counted once."""
+        return sum(
+            t.elements for n, t in self.tensors.items() if n not in self.ignored and n not in self.tied
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes, tied tensors counted once."""
+        return sum(t.nbytes for n, t in self.tensors.items() if n not in self.ignored and n not in self.tied)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the weight shards, sorted."""
+        return tuple(sorted({t.file for t in self.tensors.values()}))
+
+    def block_of(self, tensor: str) -> int | None:
+        """Index of the decoder block that a tensor belongs to, None outside the blocks."""
+        for index, block in enumerate(self.blocks):
+            if tensor.startswith(block + "."):
+                return index
+        return None
+
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that the uncompressed cache holds per token, all layers, in the model's dtype."""
+        item = TensorSpec((1,), self.dtype).nbytes
+        return sum(2 * a.kv_heads * a.head_dim * item for a in self.attention)

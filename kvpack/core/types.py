@@ -1,0 +1,146 @@
+"""The few data types that travel between layers. No torch at import time.
+
+Shape letters, fixed everywhere: B batch, H query heads, K kv heads, T tokens, D head_dim,
+C channels, L layers, G group size, R rows of a weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+State = dict[str, "Tensor"]
+"""What a part learned from calibration, by name. Stored as safetensors, never as Python."""
+
+Shape = tuple[int, ...]
+
+ITEM_BYTES: Mapping[str, int] = {
+    "bool": 1,
+    "uint8": 1,
+    "int8": 1,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int16": 2,
+    "uint16": 2,
+    "float16": 2,
+    "bfloat16": 2,
+    "int32": 4,
+    "uint32": 4,
+    "float32": 4,
+    "int64": 8,
+    "uint64": 8,
+    "float64": 8,
+}
+"""Bytes of one element, by torch dtype name."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a tensor that does not exist yet.
+
+    `dtype` is a torch dtype name such as ``"uint8"``, so that planning needs no torch.
+    """
+
+    shape: Shape
+    dtype: str
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return self.elements * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Payload:
+    """An encoded block of numbers: immutable, and complete for its size.
+
+    `tensors` holds everything a reader needs besides the part's configuration and state:
+    codes, scales, zeros, outliers, indices. `shape` is the logical shape that was encoded.
+    """
+
+    tensors: Mapping[str, Tensor]
+    shape: Shape
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of all tensors: what effective bits are counted from."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    @property
+    def bits_per_element(self) -> float:
+        """Stored bits divided by logical elements."""
+        return 8 * self.nbytes / math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Stat:
+    """A statistic that a part needs from calibration.
+
+    `kind` names an accumulator of `kvpack.calibrate.stats` ("gram", "channel_sum", ...). Where it
+    is collected follows from the part's place: a solver's on the input of its linear layer, a
+    transform's or codec's on the tensor it would receive.
+    """
+
+    kind: str
+
+
+Stats = Mapping[str, "Mapping[str, Tensor]"]
+"""Finished statistics, by kind: the accumulator's `state()`."""
+
+
+class Rope(Protocol):
+    """Rotary position embedding of one layer, as the model applies it."""
+
+    def apply(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate `x` [B, K, T, D] to `positions` [B or 1, T]."""
+
+    def undo(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Invert `apply`; computed and returned in float32."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a transform runs: the layer, and what is known of the tokens in its input."""
+
+    layer: int
+    rope: Rope | None = None
+    positions: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """The tokens of one cache update, as a policy sees them.
+
+    `hidden` is the decoder layer's input [B, T, C] (None unless the policy asks for it),
+    `valid` marks tokens that are not padding [B, T] (None: all are), `seen` counts the valid
+    tokens of each row that came before [B].
+    """
+
+    layer: int
+    batch: int
+    tokens: int
+    seen: Tensor
+    valid: Tensor | None = None
+    hidden: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Numbers that share one scale: `size` neighbours along `axis`.
+
+    "channel" is the last axis, "token" the one before it (the rows of a weight). A size of 0
+    means the whole axis. A last group may be smaller than `size` on the channel axis.
+    """
+
+    axis: str = field(default="channel", metadata={"choices": ("channel", "token")})
+    size: int = field(default=128, metadata={"minimum": 0})

@@ -1,0 +1,1 @@
+"""Artifact -> transformers model: validation first, then packed modules, then the cache."""

@@ -1,0 +1,1 @@
+"""Parts: one folder per role, one file per piece of mathematics."""

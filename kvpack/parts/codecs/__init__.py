@@ -1,0 +1,1 @@
+"""Codecs: approximations of a block of numbers by fewer bytes."""

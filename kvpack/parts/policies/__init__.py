@@ -1,0 +1,1 @@
+"""Policies: which tokens stay exact, and when the others are encoded."""

@@ -1,0 +1,1 @@
+"""Transforms: changes of basis before a codec."""

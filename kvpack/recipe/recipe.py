@@ -1,0 +1,123 @@
+"""The recipe: which parts answer which question, for which tensors.
+
+These dataclasses are the schema. The strict loader (`load.py`), the JSON Schema
+(`json_schema.py`) and the manifest are all derived from their fields and metadata, so that a key
+exists in one place only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from kvpack.core.roles import Codec, Solver, TierPolicy, Transform
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The publication that a recipe implements."""
+
+    title: str
+    arxiv: str = ""
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How close a recipe is to its paper, and where it departs from it."""
+
+    level: Literal["faithful", "adapted", "reconstruction", "original"]
+    deviations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PlaneRecipe:
+    """Transforms that run on keys or on values before the codec, in order.
+
+    `fold` moves them into the projections, which costs nothing at run time; only linear
+    transforms with a dual can be folded, and keys cannot where RoPE or a norm follows.
+    """
+
+    transforms: tuple[Transform, ...] = ()
+    fold: bool = False
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Where tokens go: a codec for keys and one for values.
+
+    In YAML, `codec:` stands for both.
+    """
+
+    key: Codec
+    value: Codec
+
+
+@dataclass(frozen=True)
+class KVCacheRecipe:
+    """The KV-cache scheme."""
+
+    tiers: Mapping[str, Tier]
+    policy: TierPolicy
+    key: PlaneRecipe = PlaneRecipe()
+    value: PlaneRecipe = PlaneRecipe()
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """What happens to the linear layers that `match` selects; the first matching rule wins.
+
+    `match` is a glob over path segments ("layers.*.mlp.up_proj"; `*` is one segment, `**` any
+    number, `{a,b}` alternatives; leading segments may be left out), a fully anchored expression
+    ("re:..."), or a role: "@linear" (all in decoder blocks), "@attention", "@mlp", "@q" ...
+    """
+
+    match: str
+    keep: bool = False
+    codec: Codec | None = None
+    solver: Solver | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationRecipe:
+    """The text that statistics are measured on."""
+
+    data: str = "builtin:stdlib"
+    samples: int = field(default=128, metadata={"minimum": 1})
+    sample_tokens: int = field(default=512, metadata={"minimum": 8})
+    batch: int = field(default=8, metadata={"minimum": 1})
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A validated recipe, ready to be resolved against a model."""
+
+    kvpack: int
+    name: str
+    summary: str = ""
+    paper: Paper | None = None
+    fidelity: Fidelity | None = None
+    weights: tuple[WeightRule, ...] = ()
+    kv_cache: KVCacheRecipe | None = None
+    calibration: CalibrationRecipe = CalibrationRecipe()
+    gates: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A recipe with its origin.
+
+    `source` is the file's text, byte for byte; `resolved` the plain mapping after `extends`,
+    variant and overrides; `sha256` the hash of its canonical JSON; `origins` tells for every key
+    path of `resolved` where its value came from ("kivi.yaml:14", "--set", "default").
+    """
+
+    recipe: Recipe
+    path: str
+    source: str
+    variant: str | None
+    overrides: tuple[str, ...]
+    resolved: Mapping[str, Any]
+    sha256: str
+    origins: Mapping[str, str]

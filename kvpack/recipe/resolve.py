@@ -1,0 +1,158 @@
+"""Recipe + ModelSpec -> Plan: concrete parts for every tensor and layer, refusals before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kvpack.core.errors import RecipeError, RecipeErrors
+from kvpack.core.model_spec import AttentionSpec, LinearSpec, ModelSpec
+from kvpack.core.registry import find, kind_of
+from kvpack.core.roles import Plane, Transform
+from kvpack.core.types import TensorSpec
+from kvpack.recipe import compat, patterns
+from kvpack.recipe.plan import DroppedTensor, KVLayerPlan, Plan, PlanePlan, WeightPlan
+from kvpack.recipe.recipe import KVCacheRecipe, LoadedRecipe, PlaneRecipe, Tier, WeightRule
+
+
+def resolve(loaded: LoadedRecipe, model: ModelSpec) -> Plan:
+    """Apply a recipe to a model.
+
+    Raises:
+        RecipeError: a pattern matches nothing, a tier is missing, or the recipe asks for
+            something this model cannot do; every problem found is in the message.
+    """
+    errors: list[RecipeError] = []
+    weights = _weights(loaded, model, errors)
+    kv = _kv_cache(loaded, model, errors)
+    if errors:
+        raise errors[0] if len(errors) == 1 else RecipeErrors(errors)
+    dropped = [DroppedTensor(name, reason) for name, reason in sorted(model.ignored.items())]
+    dropped += [
+        DroppedTensor(name, f"tied to {model.tied[name]}, stored once")
+        for name in sorted(model.tied)
+        if name in model.tensors
+    ]
+    gone = {d.name for d in dropped} | {w.linear.weight for w in weights.values()}
+    copied = {n: TensorSpec(t.shape, t.dtype) for n, t in sorted(model.tensors.items()) if n not in gone}
+    return Plan(loaded, model, weights, copied, tuple(dropped), kv)
+
+
+def _weights(loaded: LoadedRecipe, model: ModelSpec, errors: list[RecipeError]) -> dict[str, WeightPlan]:
+    chosen: dict[str, tuple[int, LinearSpec]] = {}
+    for index, rule in enumerate(loaded.recipe.weights):
+        matched = patterns.match(rule.match, model.linears)
+        if not matched:
+            errors.append(_no_match(loaded, index, rule, model))
+        for linear in matched:
+            chosen.setdefault(linear.name, (index, linear))
+    plans = {}
+    for name in sorted(chosen):
+        index, linear = chosen[name]
+        try:
+            plan = _pack(index, linear, loaded.recipe.weights[index], model)
+        except RecipeError as error:
+            errors.append(_located(error, loaded, f"weights.{index}"))
+            continue
+        if plan is not None:
+            plans[name] = plan
+    return plans
+
+
+def _pack(index: int, linear: LinearSpec, rule: WeightRule, model: ModelSpec) -> WeightPlan | None:
+    if rule.keep or rule.codec is None:
+        return None
+    if linear.weight in model.tied:
+        raise RecipeError(
+            f"{linear.name} shares its weight with {model.tied[linear.weight]}",
+            why="packing it alone would store it twice",
+            hint=f"leave it out with {{match: {linear.name}, keep: true}} before this rule",
+        )
+    tensors = rule.codec.spec(linear.shape, model.tensors[linear.weight].dtype)
+    solver = rule.solver if rule.solver is not None else find("solvers", "rtn")()
+    return WeightPlan(linear, index, rule.codec, solver, tensors)  # type: ignore[arg-type]  # find() is typed by the base class
+
+
+def _no_match(loaded: LoadedRecipe, index: int, rule: WeightRule, model: ModelSpec) -> RecipeError:
+    near = patterns.closest(rule.match, model.linears)
+    return _located(
+        RecipeError(
+            f"{rule.match!r}: no linear layer of {model.architecture} matches",
+            hint=f"closest: {', '.join(near)}" if near else "kvpack inspect MODEL lists the layers",
+        ),
+        loaded,
+        f"weights.{index}.match",
+    )
+
+
+def _located(error: RecipeError, loaded: LoadedRecipe, path: str) -> RecipeError:
+    """The same error with the place in the recipe that caused it."""
+    while path and path not in loaded.origins:
+        path = path.rpartition(".")[0]
+    origin = loaded.origins.get(path, loaded.path)
+    return RecipeError(f"{path or 'recipe'}: {error.what}", where=origin, why=error.why, hint=error.hint)
+
+
+def _kv_cache(loaded: LoadedRecipe, model: ModelSpec, errors: list[RecipeError]) -> tuple[KVLayerPlan, ...]:
+    kv = loaded.recipe.kv_cache
+    if kv is None:
+        return ()
+    try:
+        compat.check_rope(kv, model)
+        outside = _tiers(kv)
+        return tuple(_kv_layer(attention, kv, outside, model) for attention in model.attention)
+    except RecipeError as error:
+        errors.append(_located(error, loaded, "kv_cache"))
+        return ()
+
+
+def _tiers(kv: KVCacheRecipe) -> Tier:
+    """The tier that encodes; the other one must keep the original bytes."""
+    for name in (kv.policy.inside, kv.policy.outside):
+        if name not in kv.tiers:
+            raise RecipeError(
+                f"the policy names tier {name!r}, which is not defined",
+                hint=f"tiers: {', '.join(sorted(kv.tiers))}",
+            )
+    unused = sorted(set(kv.tiers) - {kv.policy.inside, kv.policy.outside})
+    if unused:
+        raise RecipeError(
+            f"tier {unused[0]!r} is never used by policy {kind_of(kv.policy)!r}", hint="remove it"
+        )
+    inside = kv.tiers[kv.policy.inside]
+    if {kind_of(inside.key), kind_of(inside.value)} != {"identity"}:
+        raise RecipeError(
+            f"tier {kv.policy.inside!r} is the exact window and takes codec 'identity' only",
+            hint="give the compressing codec to the policy's outside tier",
+        )
+    return kv.tiers[kv.policy.outside]
+
+
+def _kv_layer(attention: AttentionSpec, kv: KVCacheRecipe, tier: Tier, model: ModelSpec) -> KVLayerPlan:
+    return KVLayerPlan(
+        attention,
+        _plane("key", kv.key, tier, attention, model),
+        _plane("value", kv.value, tier, attention, model),
+        kv.policy,
+    )
+
+
+def _plane(
+    plane: Plane, recipe: PlaneRecipe, tier: Tier, attention: AttentionSpec, model: ModelSpec
+) -> PlanePlan:
+    codec = tier.key if plane == "key" else tier.value
+    shape = (1, attention.kv_heads, codec.token_block, attention.head_dim)
+    states: list[Mapping[str, TensorSpec]] = []
+    for transform in recipe.transforms:
+        states.append(transform.state_spec(shape))
+        shape = _checked_shape(transform, shape)
+    if recipe.fold:
+        compat.check_fold(plane, recipe.transforms, attention)
+    codec.spec(shape, model.dtype)  # refuses here what it cannot encode
+    return PlanePlan(recipe.transforms, recipe.fold, codec, tuple(states))
+
+
+def _checked_shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:
+    after = transform.shape(shape)
+    if (after[0], after[2]) != (shape[0], shape[2]):
+        raise RecipeError(f"transform {kind_of(transform)!r} changes the batch or token axis")
+    return after

@@ -1,0 +1,131 @@
+"""Bytes and bits, counted from what is stored, and texts to print them.
+
+`bits` is the width of a code; `bits per element` counts everything stored for it: scales, zeros,
+indices, the exact window, protected tokens and padding. No torch: plans and manifests suffice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from kvpack.core.roles import Plane
+from kvpack.core.types import TensorSpec
+from kvpack.recipe.plan import KVLayerPlan, Plan
+
+PLANES: tuple[Plane, ...] = ("key", "value")
+PROTECTED_INDEX_BYTES = 8
+"""Row and slot of one protected token, two int32."""
+POSITION_BYTES = 4
+"""One int32 position per token, shared by all layers."""
+
+
+def kv_elements(layers: Iterable[KVLayerPlan], tokens: int) -> int:
+    """Numbers that the uncompressed cache holds for one sequence of `tokens`."""
+    return sum(2 * x.attention.kv_heads * x.attention.head_dim * tokens for x in layers)
+
+
+def kv_bytes_per_token(layers: Iterable[KVLayerPlan], dtype: str) -> Fraction:
+    """Bytes that one more encoded token costs, all layers: codes and their scales.
+
+    Exact for any prompt, without the constant part (window, protected tokens): a fraction,
+    because a token block may hold one scale for many tokens.
+    """
+    total = Fraction(0)
+    for layer in layers:
+        for name in PLANES:
+            plane = layer.plane(name)
+            block = plane.codec.token_block
+            shape = (1, layer.attention.kv_heads, block, layer.attention.head_dim)
+            specs = plane.codec.spec(plane.coded_shape(shape), dtype)
+            total += Fraction(sum(s.nbytes for s in specs.values()), block)
+    return total
+
+
+@dataclass(frozen=True)
+class KVBytes:
+    """What a compressed cache holds for one sequence of `tokens`.
+
+    `coded` are codes with scales, `exact` the tail in the model's dtype, `protected` an upper
+    bound for sink tokens, `positions` the shared token positions.
+    """
+
+    tokens: int
+    elements: int
+    coded: int
+    exact: int
+    protected: int
+    positions: int
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return self.coded + self.exact + self.protected + self.positions
+
+    @property
+    def bits_per_element(self) -> float:
+        """Stored bits over logical elements."""
+        return 8 * self.total / self.elements
+
+
+def kv_bytes(layers: Sequence[KVLayerPlan], tokens: int, dtype: str) -> KVBytes:
+    """Bytes of the cache after a prompt of `tokens` given in one piece, batch 1."""
+    coded = exact = protected = 0
+    for layer in layers:
+        held = min(tokens, layer.attention.window or tokens)
+        shape = (1, layer.attention.kv_heads, held, layer.attention.head_dim)
+        per_row = 2 * TensorSpec((*shape[:2], 1, shape[3]), dtype).nbytes + PROTECTED_INDEX_BYTES
+        protected += min(layer.policy.protected_tokens(), held) * per_row
+        for name in PLANES:
+            plane = layer.plane(name)
+            stored = layer.stored_tokens(held, name)
+            if stored:
+                specs = plane.codec.spec(plane.coded_shape((*shape[:2], stored, shape[3])), dtype)
+                coded += sum(s.nbytes for s in specs.values())
+            exact += TensorSpec((*shape[:2], held - stored, shape[3]), dtype).nbytes
+    positions = tokens * POSITION_BYTES if layers else 0
+    return KVBytes(tokens, kv_elements(layers, tokens), coded, exact, protected, positions)
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Stored bytes of a plan's weights and what they come to per parameter."""
+
+    packed: int
+    packed_elements: int
+    copied: int
+    parameters: int
+    source: int
+
+    @property
+    def total(self) -> int:
+        """All weight bytes of the artifact."""
+        return self.packed + self.copied
+
+    @property
+    def packed_bits(self) -> float:
+        """Bits per element of the packed layers alone; 0 when nothing is packed."""
+        return 8 * self.packed / self.packed_elements if self.packed_elements else 0.0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per parameter, embeddings, norms and biases included."""
+        return 8 * self.total / self.parameters
+
+
+def weight_bytes(plan: Plan) -> WeightBytes:
+    """Count a plan's weights; equals the exported artifact's tensors to the byte."""
+    packed = sum(w.nbytes for w in plan.weights.values())
+    elements = sum(w.linear.shape[0] * w.linear.shape[1] for w in plan.weights.values())
+    copied = sum(t.nbytes for t in plan.copied.values())
+    return WeightBytes(packed, elements, copied, plan.model.parameters, plan.model.nbytes)
+
+
+def human_bytes(count: float) -> str:
+    """`5_300_000_000` -> ``"5.30 GB"``: decimal units, three significant digits."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}" if count >= 100 else f"{count:.2f} {unit}"

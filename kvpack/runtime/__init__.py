@@ -1,0 +1,1 @@
+"""Running an artifact in transformers: packed linears and the compressed cache."""
