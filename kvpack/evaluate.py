@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvpack.core.errors import UsageError
-from kvpack.core.progress import NullProgress, Progress
+from kvpack.core.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,10 +62,8 @@ class Evaluation:
             "ppl_ratio": scores.perplexity / self.source.perplexity,
             "weight_bits": self.weight_bits,
         }
-        for name, value in (("kl", scores.kl), ("top1", scores.top1), ("kv_bits", self.kv_bits_per_element)):
-            if value is not None:
-                values[name] = value
-        return values
+        optional = {"kl": scores.kl, "top1": scores.top1, "kv_bits": self.kv_bits_per_element}
+        return values | {name: value for name, value in optional.items() if value is not None}
 
 
 @dataclass
@@ -147,12 +145,13 @@ def evaluate(
     protocols: Sequence[Protocol] = PROTOCOLS,
     step_tokens: int = 32,
     batch: int = 4,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> tuple[Scores, dict[str, Scores], Any]:
     """Score both models on `pieces`.
 
     Args:
-        packed: the loaded artifact. `source`: the uncompressed model.
+        packed: the loaded artifact.
+        source: the uncompressed model.
         pieces: token ids, from `chunks`.
         new_cache: makes a fresh compressed cache; its argument tells whether a prompt chunk
             attends to its own exact keys. None for an artifact without a KV scheme.
@@ -167,7 +166,6 @@ def evaluate(
     """
     import torch
 
-    progress = progress or NullProgress()
     names: Sequence[str] = protocols if new_cache is not None else ("weights",)
     reference, tallies = _Tally(), {name: _Tally() for name in names}
     done, total, cache = 0, sum(len(p) for p in pieces), None
@@ -232,7 +230,9 @@ def parse_gates(text: str) -> list[Gate]:
         try:
             gates.append(Gate(metric, operator, float(bound)))
         except ValueError:
-            raise UsageError(f"{bound!r} in gate {item!r} is not a number", hint="for example kl<=0.01") from None
+            raise UsageError(
+                f"{bound!r} in gate {item!r} is not a number", hint="for example kl<=0.01"
+            ) from None
     return gates
 
 
@@ -246,7 +246,9 @@ def failed_gates(evaluation: Evaluation, gates: Sequence[Gate]) -> list[str]:
                 failures.append(f"{gate.metric} was not measured ({protocol})")
             elif not gate.holds(metrics[gate.metric]):
                 value = metrics[gate.metric]
-                failures.append(f"{protocol}: {gate.metric} is {value:.4g}, not {gate.operator} {gate.bound:g}")
+                failures.append(
+                    f"{protocol}: {gate.metric} is {value:.4g}, not {gate.operator} {gate.bound:g}"
+                )
     return failures
 
 

@@ -10,11 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from kvpack.core.roles import Plane
 from kvpack.core.types import TensorSpec
-from kvpack.recipe.plan import KVLayerPlan, Plan
+from kvpack.recipe.plan import PLANES, KVLayerPlan, Plan
 
-PLANES: tuple[Plane, ...] = ("key", "value")
 PROTECTED_INDEX_BYTES = 8
 """Row and slot of one protected token, two int32."""
 POSITION_BYTES = 4
@@ -23,7 +21,7 @@ POSITION_BYTES = 4
 
 def kv_elements(layers: Iterable[KVLayerPlan], tokens: int) -> int:
     """Numbers that the uncompressed cache holds for one sequence of `tokens`."""
-    return sum(2 * x.attention.kv_heads * x.attention.head_dim * tokens for x in layers)
+    return sum(2 * x.attention.kv_heads * x.attention.head_dim * x.visible_tokens(tokens) for x in layers)
 
 
 def kv_bytes_per_token(layers: Iterable[KVLayerPlan], dtype: str) -> Fraction:
@@ -73,17 +71,16 @@ def kv_bytes(layers: Sequence[KVLayerPlan], tokens: int, dtype: str) -> KVBytes:
     """Bytes of the cache after a prompt of `tokens` given in one piece, batch 1."""
     coded = exact = protected = 0
     for layer in layers:
-        held = min(tokens, layer.attention.window or tokens)
-        shape = (1, layer.attention.kv_heads, held, layer.attention.head_dim)
-        per_row = 2 * TensorSpec((*shape[:2], 1, shape[3]), dtype).nbytes + PROTECTED_INDEX_BYTES
-        protected += min(layer.policy.protected_tokens(), held) * per_row
+        heads, channels = layer.attention.kv_heads, layer.attention.head_dim
+        token = TensorSpec((1, heads, 1, channels), dtype).nbytes
+        kept = min(layer.policy.protected_tokens(), layer.visible_tokens(tokens))
+        protected += kept * (2 * token + PROTECTED_INDEX_BYTES)
         for name in PLANES:
             plane = layer.plane(name)
-            stored = layer.stored_tokens(held, name)
-            if stored:
-                specs = plane.codec.spec(plane.coded_shape((*shape[:2], stored, shape[3])), dtype)
-                coded += sum(s.nbytes for s in specs.values())
-            exact += TensorSpec((*shape[:2], held - stored, shape[3]), dtype).nbytes
+            stored, tail = layer.held_tokens(tokens, name)
+            specs = plane.codec.spec(plane.coded_shape((1, heads, stored, channels)), dtype)
+            coded += sum(s.nbytes for s in specs.values())
+            exact += tail * token
     positions = tokens * POSITION_BYTES if layers else 0
     return KVBytes(tokens, kv_elements(layers, tokens), coded, exact, protected, positions)
 
@@ -128,4 +125,10 @@ def human_bytes(count: float) -> str:
         if count < 1000 or unit == "TB":
             break
         count /= 1000
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}" if count >= 100 else f"{count:.2f} {unit}"
+    return (
+        f"{count:.0f} {unit}"
+        if unit == "B"
+        else f"{count:.3g} {unit}"
+        if count >= 100
+        else f"{count:.2f} {unit}"
+    )

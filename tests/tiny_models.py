@@ -85,6 +85,5 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    names = dict(zip(("bos_token", "eos_token", "pad_token"), specials, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)

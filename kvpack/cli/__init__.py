@@ -1,1 +1,11 @@
-"""The command line: one file per command, no logic."""
+"""The command line: parses, calls the pipeline, prints. No logic of its own, no torch at import."""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """Entry point of the `kvpack` command."""
+    from kvpack.cli.entry import catch_signals, run
+
+    catch_signals()
+    raise SystemExit(run())

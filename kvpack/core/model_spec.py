@@ -12,9 +12,13 @@ from kvpack.core.types import TensorSpec
 
 @dataclass(frozen=True)
 class SourceTensor(TensorSpec):
-    """One tensor of the checkpoint: its shape and dtype, and the shard that holds it."""
+    """One tensor of the checkpoint: its shape and dtype, and the shard that holds it.
+
+    `stored_name` is its name inside the shard where transformers renames it on load, else empty.
+    """
 
     file: str
+    stored_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ class AttentionSpec:
 
     `module` and `block` are paths of the attention module and of its decoder layer. `window` is
     the sliding window in tokens, None for full attention. `key_norm` tells that a norm stands
-    between the key projection and RoPE.
+    between the key projection and RoPE, `value_linear` that nothing but attention stands between
+    the value and the output projection.
     """
 
     layer: int
@@ -67,15 +72,17 @@ class AttentionSpec:
     value: Projection
     output: Projection
     key_norm: bool
+    value_linear: bool = True
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """A checkpoint and the architecture it belongs to.
 
-    `tied` maps a tensor name to the one that holds its data (lm_head -> embedding). `ignored` are
-    checkpoint tensors that the architecture does not use, with the reason. `buffers` are module
-    buffers that are computed, not stored.
+    `tensors` has the names of the transformers model. `tied` maps a tensor name to the one that
+    holds its data (lm_head -> embedding). `ignored` are checkpoint tensors that the architecture
+    does not use, with the reason. `repository` is the hub id and `revision` the commit of a hub
+    snapshot, both None for a local folder.
     """
 
     path: Path
@@ -92,6 +99,7 @@ class ModelSpec:
     blocks: tuple[str, ...]
     tied: Mapping[str, str] = field(default_factory=dict)
     ignored: Mapping[str, str] = field(default_factory=dict)
+    repository: str | None = None
     revision: str | None = None
 
     @property

@@ -28,6 +28,11 @@ def _external() -> dict[str, metadata.EntryPoint]:
     return {e.name: e for e in metadata.entry_points(group="kvpack.parts")}
 
 
+def singular(role: str) -> str:
+    """Name of one part of a role: "codecs" -> "codec"."""
+    return "policy" if role == "policies" else role[:-1]
+
+
 def kinds(role: str) -> list[str]:
     """Names of all parts of a role, sorted."""
     package = importlib.import_module(f"kvpack.parts.{role}")
@@ -50,7 +55,7 @@ def find(role: str, kind: str) -> type[Part]:
         close = difflib.get_close_matches(kind, kinds(role), n=1)
         guess = f"did you mean {close[0]!r}? " if close else ""
         raise RecipeError(
-            f"no {role[:-1]} is called {kind!r}", hint=f"{guess}{role}: {', '.join(kinds(role))}"
+            f"no {singular(role)} is called {kind!r}", hint=f"{guess}{role}: {', '.join(kinds(role))}"
         )
     if not issubclass(part, ROLES[role]):
         raise RecipeError(f"{part.__module__}.{part.__qualname__} is not a {ROLES[role].__name__}")

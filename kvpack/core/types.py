@@ -110,11 +110,16 @@ class Rope(Protocol):
 
 @dataclass(frozen=True)
 class Site:
-    """Where a transform runs: the layer, and what is known of the tokens in its input."""
+    """Where a transform runs: the layer, and what is known of the tokens in its input.
+
+    `kv_heads` is K of the plane that enters the chain of transforms; a transform that merged heads
+    reads it to restore them.
+    """
 
     layer: int
     rope: Rope | None = None
     positions: Tensor | None = None
+    kv_heads: int = 0
 
 
 @dataclass(frozen=True)

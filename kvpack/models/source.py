@@ -67,7 +67,10 @@ def _snapshot(reference: str, allow_download: bool) -> tuple[Path, str | None]:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SourceError(
-            "cannot be fetched from the hub", where=reference, why=reason, hint="check the id, revision and token"
+            "cannot be fetched from the hub",
+            where=reference,
+            why=reason,
+            hint="check the id, revision and token",
         ) from error
     return Path(path), Path(path).name
 
@@ -118,7 +121,9 @@ def _read_sharded(folder: Path) -> dict[str, SourceTensor]:
     tensors: dict[str, SourceTensor] = {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file:
-            raise SourceError(f"names {file!r}, which is not a file of this folder", where=str(folder / INDEX))
+            raise SourceError(
+                f"names {file!r}, which is not a file of this folder", where=str(folder / INDEX)
+            )
         if not (folder / file).is_file():
             raise SourceError(
                 f"{file} is missing", where=str(folder), why="the index names it", hint="download it again"
@@ -132,7 +137,9 @@ def _check_index(folder: Path, weight_map: dict[str, str], tensors: dict[str, So
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file != file:
             raise SourceError(
-                f"tensor {name!r} is not in {file}", where=str(folder / INDEX), hint="download the model again"
+                f"tensor {name!r} is not in {file}",
+                where=str(folder / INDEX),
+                hint="download the model again",
             )
     unlisted = sorted(tensors.keys() - weight_map.keys())
     if unlisted:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvpack.ops import bits as bits
     from kvpack.ops import gptq as gptq
     from kvpack.ops import hadamard as hadamard
+    from kvpack.ops import window as window
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Union
 
 from kvpack.core.errors import KvpackError, RecipeError, RecipeErrors
-from kvpack.core.registry import find, kind_of, kinds
+from kvpack.core.registry import find, kind_of, kinds, singular
 from kvpack.core.roles import ROLES, Part
 from kvpack.recipe.yaml_lines import Node, Position
 
@@ -95,11 +95,12 @@ def build_part(
 
 
 def to_mapping(value: Any) -> Any:
-    """Plain data that `build` turns back into `value`; unset optional fields are left out."""
+    """Plain data that `build` turns back into `value`; fields that are None by default are left out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kind = {"kind": kind_of(value)} if isinstance(value, Part) else {}
-        pairs = ((name, getattr(value, name)) for name in settings(type(value)))
-        return {**kind, **{name: to_mapping(item) for name, item in pairs if item is not None}}
+        pairs = ((name, getattr(value, name), f) for name, f in settings(type(value)).items())
+        absent = (None, dataclasses.MISSING)
+        return kind | {n: to_mapping(v) for n, v, f in pairs if v is not None or f.default not in absent}
     if isinstance(value, Mapping):
         return {key: to_mapping(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -122,11 +123,14 @@ class _Builder:
         annotation, may_be_null = optional(annotation)
         if node.value is None and may_be_null:
             return None
-        origin = typing.get_origin(annotation)
         if role := role_of(annotation):
             return self.part(role, annotation, node, path)
         if dataclasses.is_dataclass(annotation):
             return self.record(typing.cast(type, annotation), node, path)
+        return self.plain(annotation, node, path, limits)
+
+    def plain(self, annotation: Any, node: Node, path: str, limits: Mapping[str, Any]) -> Any:
+        origin = typing.get_origin(annotation)
         if origin is Literal:
             return self.choice(typing.get_args(annotation), node, path)
         if origin is tuple:
@@ -166,7 +170,7 @@ class _Builder:
         if len(kinds_) != len(node.value):
             return self.wrong(node, path, f"expected {len(kinds_)} entries, got {len(node.value)}")
         pairs = enumerate(zip(kinds_, node.value, strict=True))
-        items = tuple(self.value(a, item, f"{path}[{i}]", limits) for i, (a, item) in pairs)
+        items = tuple(self.value(a, item, _join(path, str(i)), limits) for i, (a, item) in pairs)
         return INVALID if any(item is INVALID for item in items) else items
 
     def mapping(self, inner: Any, node: Node, path: str, limits: Mapping[str, Any]) -> Any:
@@ -186,7 +190,7 @@ class _Builder:
         try:
             part = find(role, kind.value)
         except RecipeError as error:
-            other = [r[:-1] for r in ROLES if r != role and kind.value in kinds(r)]
+            other = [singular(r) for r in ROLES if r != role and kind.value in kinds(r)]
             also = f"; there is a {other[0]} of that name" if other else ""
             return self.wrong(kind, _join(path, "kind"), error.what + also, error.hint)
         if not issubclass(part, base):
@@ -205,8 +209,10 @@ class _Builder:
                 values[key] = self.value(hints(cls)[key], item, _join(path, key), fields[key].metadata)
             else:
                 self.unknown(key, item, path, [*fields, *([skip] if skip else [])])
-        for name, field in fields.items():
-            if name not in node.value and _required(field):
+        for name in [n for n, field in fields.items() if n not in node.value and _required(field)]:
+            if optional(hints(cls)[name])[1]:
+                values[name] = None
+            else:
                 self.wrong(node, _join(path, name), "missing")
         if len(self.errors) > before:
             return INVALID

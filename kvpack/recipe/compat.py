@@ -20,11 +20,18 @@ def check_rope(kv: KVCacheRecipe, model: ModelSpec) -> None:
             depend on the context length.
     """
     needs_rope = [t for t in (*kv.key.transforms, *kv.value.transforms) if t.needs_rope]
-    if needs_rope and model.rope_type in UNSTABLE_ROPE:
+    kinds = set(model.rope_type.split("+"))
+    if needs_rope and kinds & UNSTABLE_ROPE:
         raise RecipeError(
             f"transform {kind_of(needs_rope[0])!r} cannot run on {model.family}",
             why=f"its RoPE scaling {model.rope_type!r} turns cached keys differently as the context grows",
             hint="use a recipe that stores keys after RoPE, such as kivi",
+        )
+    if needs_rope and kinds == {"none"}:
+        raise RecipeError(
+            f"transform {kind_of(needs_rope[0])!r} cannot run on {model.family}",
+            why="the model has no RoPE",
+            hint="remove the transform from the recipe",
         )
     if any(t.needs_rope for t in kv.value.transforms):
         raise RecipeError("values carry no RoPE to undo", hint="remove the transform from kv_cache.value")

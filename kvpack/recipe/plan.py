@@ -10,6 +10,9 @@ from kvpack.core.roles import Codec, Plane, Solver, TierPolicy, Transform
 from kvpack.core.types import Shape, TensorSpec
 from kvpack.recipe.recipe import LoadedRecipe
 
+PLANES: tuple[Plane, ...] = ("key", "value")
+"""The two sides of a cache, in the order in which they are handled everywhere."""
+
 
 @dataclass(frozen=True)
 class WeightPlan:
@@ -69,25 +72,21 @@ class KVLayerPlan:
         """The key or the value side."""
         return self.key if plane == "key" else self.value
 
-    def stored_tokens(self, tokens: int, plane: Plane) -> int:
-        """Tokens of a prompt of `tokens`, given in one piece, that are encoded."""
-        return self.policy.leaving(tokens, self.plane(plane).codec.token_block, plane)
+    def held_tokens(self, tokens: int, plane: Plane) -> tuple[int, int]:
+        """Encoded and exact tokens of a plane after a prompt of `tokens` given in one piece.
 
-    def nbytes(self, tokens: int, batch: int = 1, dtype: str = "bfloat16") -> int:
-        """Bytes held after a prompt of `tokens`: codes, scales and the exact tail.
-
-        Protected tokens and positions come on top (`report.kv_bytes` adds them).
+        A sliding layer gives up whole token blocks that no later token can see.
         """
-        total = 0
-        shape = (batch, self.attention.kv_heads, tokens, self.attention.head_dim)
-        for name in ("key", "value"):
-            plane: Plane = "key" if name == "key" else "value"
-            stored = self.stored_tokens(tokens, plane)
-            coded = self.plane(plane).coded_shape((*shape[:2], stored, shape[3]))
-            if stored:
-                total += sum(t.nbytes for t in self.plane(plane).codec.spec(coded, dtype).values())
-            total += TensorSpec((*shape[:2], tokens - stored, shape[3]), dtype).nbytes
-        return total
+        block = self.plane(plane).codec.token_block
+        left = self.policy.leaving(tokens, block, plane)
+        needed = 0 if self.attention.window is None else max(0, tokens - self.attention.window + 1)
+        first = needed // block * block
+        return max(0, left - first), tokens - max(left, first)
+
+    def visible_tokens(self, tokens: int) -> int:
+        """Tokens that the next token attends to."""
+        window = self.attention.window
+        return tokens if window is None else min(tokens, window - 1)
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,8 @@ class Plan:
         """State of the KV transforms: ``layers.<l>.<plane>.<i>.<name>``; folded ones hold none."""
         tensors: dict[str, TensorSpec] = {}
         for layer in self.kv:
-            for plane, side in (("key", layer.key), ("value", layer.value)):
+            for plane in PLANES:
+                side = layer.plane(plane)
                 for i, state in enumerate(side.states if not side.folded else ()):
                     tensors.update(
                         {state_name(layer.attention.layer, plane, i, n): s for n, s in state.items()}

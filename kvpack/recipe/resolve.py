@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from kvpack.core.errors import RecipeError, RecipeErrors
 from kvpack.core.model_spec import AttentionSpec, LinearSpec, ModelSpec
-from kvpack.core.registry import find, kind_of
+from kvpack.core.registry import kind_of
 from kvpack.core.roles import Plane, Transform
-from kvpack.core.types import TensorSpec
+from kvpack.core.types import Shape, TensorSpec
 from kvpack.recipe import compat, patterns
 from kvpack.recipe.plan import DroppedTensor, KVLayerPlan, Plan, PlanePlan, WeightPlan
 from kvpack.recipe.recipe import KVCacheRecipe, LoadedRecipe, PlaneRecipe, Tier, WeightRule
@@ -59,7 +59,7 @@ def _weights(loaded: LoadedRecipe, model: ModelSpec, errors: list[RecipeError]) 
 
 
 def _pack(index: int, linear: LinearSpec, rule: WeightRule, model: ModelSpec) -> WeightPlan | None:
-    if rule.keep or rule.codec is None:
+    if rule.keep or rule.codec is None or rule.solver is None:
         return None
     if linear.weight in model.tied:
         raise RecipeError(
@@ -68,8 +68,7 @@ def _pack(index: int, linear: LinearSpec, rule: WeightRule, model: ModelSpec) ->
             hint=f"leave it out with {{match: {linear.name}, keep: true}} before this rule",
         )
     tensors = rule.codec.spec(linear.shape, model.tensors[linear.weight].dtype)
-    solver = rule.solver if rule.solver is not None else find("solvers", "rtn")()
-    return WeightPlan(linear, index, rule.codec, solver, tensors)  # type: ignore[arg-type]  # find() is typed by the base class
+    return WeightPlan(linear, index, rule.codec, rule.solver, tensors)
 
 
 def _no_match(loaded: LoadedRecipe, index: int, rule: WeightRule, model: ModelSpec) -> RecipeError:
@@ -77,7 +76,7 @@ def _no_match(loaded: LoadedRecipe, index: int, rule: WeightRule, model: ModelSp
     return _located(
         RecipeError(
             f"{rule.match!r}: no linear layer of {model.architecture} matches",
-            hint=f"closest: {', '.join(near)}" if near else "kvpack inspect MODEL lists the layers",
+            hint=f"closest: {', '.join(near)}",
         ),
         loaded,
         f"weights.{index}.match",
@@ -86,10 +85,9 @@ def _no_match(loaded: LoadedRecipe, index: int, rule: WeightRule, model: ModelSp
 
 def _located(error: RecipeError, loaded: LoadedRecipe, path: str) -> RecipeError:
     """The same error with the place in the recipe that caused it."""
-    while path and path not in loaded.origins:
-        path = path.rpartition(".")[0]
-    origin = loaded.origins.get(path, loaded.path)
-    return RecipeError(f"{path or 'recipe'}: {error.what}", where=origin, why=error.why, hint=error.hint)
+    inside = (o for p, o in loaded.origins.items() if f"{p}.".startswith(f"{path}.") and o != "default")
+    origin = next(inside, loaded.path)
+    return RecipeError(f"{path}: {error.what}", where=origin, why=error.why, hint=error.hint)
 
 
 def _kv_cache(loaded: LoadedRecipe, model: ModelSpec, errors: list[RecipeError]) -> tuple[KVLayerPlan, ...]:
@@ -140,7 +138,7 @@ def _plane(
     plane: Plane, recipe: PlaneRecipe, tier: Tier, attention: AttentionSpec, model: ModelSpec
 ) -> PlanePlan:
     codec = tier.key if plane == "key" else tier.value
-    shape = (1, attention.kv_heads, codec.token_block, attention.head_dim)
+    shape: Shape = (1, attention.kv_heads, codec.token_block, attention.head_dim)
     states: list[Mapping[str, TensorSpec]] = []
     for transform in recipe.transforms:
         states.append(transform.state_spec(shape))
@@ -151,7 +149,7 @@ def _plane(
     return PlanePlan(recipe.transforms, recipe.fold, codec, tuple(states))
 
 
-def _checked_shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _checked_shape(transform: Transform, shape: Shape) -> Shape:
     after = transform.shape(shape)
     if (after[0], after[2]) != (shape[0], shape[2]):
         raise RecipeError(f"transform {kind_of(transform)!r} changes the batch or token axis")

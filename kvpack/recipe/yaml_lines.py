@@ -23,7 +23,7 @@ MAX_NODES = 20_000
 MAX_DEPTH = 32
 
 _INT = re.compile(r"[-+]?[0-9]{1,18}")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]{1,4})?")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]{1,40}|[0-9]{1,18}(\.[0-9]{0,40})?)([eE][-+]?[0-9]{1,2})?")
 _WORDS: dict[str, bool | None] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
     **dict.fromkeys(("true", "True", "TRUE"), True),
@@ -53,7 +53,7 @@ class Position:
 class Node:
     """A value, where it stands, and where the key that leads to it stands."""
 
-    value: str | int | float | bool | None | tuple[Node, ...] | dict[str, Node]
+    value: str | int | float | bool | tuple[Node, ...] | dict[str, Node] | None
     at: Position
     key_at: Position | None = None
 
@@ -106,7 +106,7 @@ def parse(text: str, file: str) -> Node:
     return _Converter(file).convert(root, depth=0)
 
 
-def _position(mark: yaml.Mark, file: str) -> Position:
+def _position(mark: Any, file: str) -> Position:
     return Position(file, mark.line + 1, mark.column + 1)
 
 
@@ -124,8 +124,8 @@ def _check_events(text: str, file: str) -> None:
             raise RecipeError(f"nested deeper than {MAX_DEPTH} levels", where=where)
         if documents > 1:
             raise RecipeError("a second document starts here", where=where, why="a recipe is one document")
-        if getattr(event, "tag", None) is not None:
-            raise RecipeError(f"tag {event.tag!r}", where=where, why="recipes hold plain data only")
+        if tag := getattr(event, "tag", None):
+            raise RecipeError(f"tag {tag!r}", where=where, why="recipes hold plain data only")
 
 
 class _Converter:
@@ -144,7 +144,8 @@ class _Converter:
             return self._mapping(node, at, depth)
         if isinstance(node, yaml.SequenceNode):
             return Node(tuple(self.convert(item, depth + 1) for item in node.value), at)
-        return Node(_scalar(node.value) if node.style is None else node.value, at)
+        quoted = isinstance(node, yaml.ScalarNode) and node.style is not None
+        return Node(node.value if quoted else _scalar(node.value), at)
 
     def _mapping(self, node: yaml.MappingNode, at: Position, depth: int) -> Node:
         entries: dict[str, Node] = {}

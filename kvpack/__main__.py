@@ -1,0 +1,5 @@
+"""`python -m kvpack`: the same as the `kvpack` command."""
+
+from kvpack.cli import main
+
+main()

@@ -1,0 +1,63 @@
+"""Hashing an artifact, and saying which tensors a damaged file has lost."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from kvpack.artifact.files import BUFFER_BYTES
+from kvpack.artifact.manifest import Manifest, TensorRecord
+from kvpack.core.errors import ArtifactError
+from kvpack.core.progress import SILENT, Progress
+from kvpack.core.safetensors_header import read_header
+
+_HINT = "copy or download this file again; `kvpack export` makes the same bytes"
+
+
+def check_hashes(folder: Path, manifest: Manifest, progress: Progress = SILENT) -> None:
+    """Read every byte of an artifact's files.
+
+    Raises:
+        ArtifactError: a file differs; names the file, and the tensors for weights.
+    """
+    for done, (name, record) in enumerate(manifest.files.items()):
+        progress("check", done, len(manifest.files), name)
+        if _sha256(folder / name, 0, record.bytes) != record.sha256:
+            lost = _lost(folder / name, {**manifest.weight_tensors(), **manifest.kv_state})
+            raise ArtifactError(
+                f"{name} is damaged{lost}", where=str(folder), why="its sha256 differs", hint=_HINT
+            )
+    progress("check", len(manifest.files), len(manifest.files))
+
+
+def _sha256(path: Path, start: int, stop: int) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as stream:
+            stream.seek(start)
+            while start < stop and (chunk := stream.read(min(BUFFER_BYTES, stop - start))):
+                digest.update(chunk)
+                start += len(chunk)
+    except OSError as problem:
+        raise ArtifactError(f"cannot be read: {problem.strerror}", where=str(path)) from problem
+    return digest.hexdigest()
+
+
+def _lost(path: Path, records: Mapping[str, TensorRecord]) -> str:
+    """`: tensors a, b; the other 362 are intact`, as far as the file still tells."""
+    if path.suffix != ".safetensors":
+        return ""
+    try:
+        entries = read_header(path).tensors
+    except ArtifactError:
+        return " in its header"
+    bad = [
+        name
+        for name, entry in entries.items()
+        if name not in records or _sha256(path, entry.start, entry.stop) != records[name].sha256
+    ]
+    if not bad:
+        return " in its header"
+    names = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+    return f": {names}; the other {len(records) - len(bad)} tensors are not affected"

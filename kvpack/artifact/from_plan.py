@@ -1,0 +1,115 @@
+"""The manifest of an export: what the plan said, with the hashes of what was written."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from kvpack import __version__
+from kvpack.artifact.manifest import (
+    BaseModel,
+    FileRecord,
+    Manifest,
+    PackedLinear,
+    RecipeRecord,
+    Totals,
+    bits_per_element,
+)
+from kvpack.artifact.writer import Written
+from kvpack.recipe.plan import Plan, WeightPlan
+
+
+def library_versions() -> dict[str, str]:
+    """Versions that the bytes of an artifact may depend on."""
+    libraries = ("safetensors", "torch", "transformers")
+    return {**{name: metadata.version(name) for name in libraries}, "python": platform.python_version()}
+
+
+def manifest_of(
+    plan: Plan,
+    written: Written,
+    *,
+    source_hashes: Mapping[str, str],
+    relative_errors: Mapping[str, float],
+    calibration: Mapping[str, Any] | None = None,
+    repository: str | None = None,
+    seed: int = 0,
+) -> Manifest:
+    """Describe a written artifact.
+
+    Args:
+        plan: what was exported.
+        written: what `ArtifactWriter` has on the disk.
+        source_hashes: sha256 of every weight file of the source.
+        relative_errors: by packed layer.
+        calibration: fingerprint of what was calibrated on.
+        repository: hub id of the source.
+        seed: of every random number generator.
+    """
+    loaded, model = plan.recipe, plan.model
+    weight_bytes = sum(record.nbytes for record in written.tensors.values())
+    return Manifest(
+        base_model=_base_model(plan, source_hashes, repository),
+        recipe=RecipeRecord(
+            name=loaded.recipe.name,
+            path=loaded.path.replace("\\", "/").rpartition("/")[2],
+            source=loaded.source,
+            sha256=loaded.sha256,
+            overrides=loaded.overrides,
+            variant=loaded.variant,
+        ),
+        resolved_recipe=loaded.resolved,
+        weights={
+            n: _packed(n, w, written, model.tensors[w.linear.weight].dtype, relative_errors)
+            for n, w in plan.weights.items()
+        },
+        copied={name: written.tensors[name] for name in plan.copied},
+        dropped=plan.dropped,
+        kv=plan.kv,
+        kv_state=written.kv_state,
+        totals=Totals(
+            weight_bytes,
+            sum(record.nbytes for record in written.kv_state.values()),
+            bits_per_element(weight_bytes, model.parameters),
+        ),
+        files=written.files,
+        calibration=calibration,
+        seed=seed,
+        versions=library_versions(),
+        kvpack_version=__version__,
+    )
+
+
+def _base_model(plan: Plan, source_hashes: Mapping[str, str], repository: str | None) -> BaseModel:
+    model = plan.model
+    return BaseModel(
+        architecture=model.architecture,
+        family=model.family,
+        dtype=model.dtype,
+        parameters=model.parameters,
+        files={f: FileRecord((model.path / f).stat().st_size, source_hashes[f]) for f in model.files},
+        tied=model.tied,
+        repository=repository,
+        revision=model.revision,
+    )
+
+
+def _packed(
+    name: str, weight: WeightPlan, written: Written, dtype: str, relative_errors: Mapping[str, float]
+) -> PackedLinear:
+    linear = weight.linear
+    rows, columns = linear.shape
+    return PackedLinear(
+        role=linear.role,
+        shape=linear.shape,
+        dtype=dtype,
+        codec=weight.codec,
+        solver=weight.solver,
+        tensors={part: written.tensors[f"{name}.{part}"] for part in weight.tensors},
+        bits_per_element=bits_per_element(weight.nbytes, rows * columns),
+        bits=getattr(weight.codec, "bits", None),
+        layer=linear.layer,
+        relative_error=relative_errors.get(name),
+    )

@@ -1,0 +1,128 @@
+"""Running a model one decoder block at a time, exactly as its own forward would.
+
+The model's forward prepares masks, positions and rotary embeddings in its own way. It is run once
+with decoder blocks that only record what they are given; each block can then be called alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from kvpack.core.errors import UnsupportedModel
+from kvpack.models.view import ModelView
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+OnUpdate = Callable[["Tensor", "Tensor"], None]
+
+
+class Tap(Cache):  # type: ignore[misc]  # transformers' classes count as Any
+    """A cache that stores nothing and shows every update's keys (after RoPE) and values."""
+
+    def __init__(self, seen: OnUpdate | None = None) -> None:
+        super().__init__(layer_class_to_replicate=DynamicLayer)
+        self._seen = seen
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Show the update and hand it back."""
+        if self._seen is not None:
+            self._seen(key_states, value_states)
+        return key_states, value_states
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What one forward gave its decoder blocks.
+
+    `hidden` [B, T, C] enters block 0; `arguments` are the keyword arguments of every block, in
+    which `tap` stands for the cache.
+    """
+
+    hidden: Tensor
+    arguments: tuple[dict[str, Any], ...]
+    tap: Tap
+
+
+def record(view: ModelView, tokens: Tensor) -> Recording:
+    """Embed `tokens` [B, T] and record what every block is given. Needs the outer tensors."""
+    hidden: list[Tensor] = []
+    arguments: list[dict[str, Any]] = []
+    tap = Tap()
+
+    def keep(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args:
+            raise UnsupportedModel(
+                f"{view.spec.architecture} passes arguments to its decoder blocks by position",
+                why="they cannot be told apart",
+            )
+        hidden.append(x)
+        arguments.append(kwargs)
+        return x
+
+    with _replaced(view.blocks, [keep] * len(view.blocks)):
+        view.base(input_ids=tokens, past_key_values=tap, use_cache=True)
+    return Recording(hidden[0], tuple(arguments), tap)
+
+
+def run_block(
+    view: ModelView, layer: int, hidden: Tensor, recording: Recording, seen: OnUpdate | None = None
+) -> Tensor:
+    """Run one loaded block on `hidden` [B, T, C] with recorded arguments.
+
+    Args:
+        view: the model; the block's tensors are loaded.
+        layer: which block.
+        hidden: its input; B and T as in the recording.
+        recording: what the model gives its blocks.
+        seen: called with the layer's keys (after RoPE) and values [B, K, T, D].
+
+    Raises:
+        UnsupportedModel: the block returns something else than hidden states.
+    """
+    given = recording.arguments[layer]
+    tap = Tap(seen)
+    given = {name: tap if value is recording.tap else value for name, value in given.items()}
+    result = view.blocks[layer](hidden, **given)
+    if not isinstance(result, torch.Tensor):
+        raise UnsupportedModel(
+            f"decoder block returns a {type(result).__name__}, not hidden states",
+            where=view.spec.blocks[layer],
+        )
+    return result
+
+
+def finish(view: ModelView, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Hidden states after the last block [B, T, C] -> what enters the head. Needs the outer tensors."""
+
+    def pass_on(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x
+
+    def substitute(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden
+
+    blocks = view.blocks
+    with _replaced(blocks, [pass_on] * (len(blocks) - 1) + [substitute]):
+        result: Tensor = view.base(input_ids=tokens, use_cache=False).last_hidden_state
+    return result
+
+
+@contextmanager
+def _replaced(blocks: list[nn.Module], forwards: list[Callable[..., Tensor]]) -> Iterator[None]:
+    """Give every block another forward, for a while."""
+    for block, forward in zip(blocks, forwards, strict=True):
+        block.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.__dict__["forward"]

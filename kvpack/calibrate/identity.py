@@ -1,0 +1,61 @@
+"""What makes a calibration reusable: everything that its results depend on, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kvpack.recipe.build import to_mapping
+from kvpack.recipe.plan import Plan
+
+Identity = dict[str, Any]
+
+
+def needs_calibration(plan: Plan) -> bool:
+    """Whether any part of the plan asks for statistics."""
+    solvers = any(w.solver.requires() for w in plan.weights.values())
+    planes = [p for layer in plan.kv for p in (layer.key, layer.value)]
+    return solvers or any(t.requires() for p in planes for t in p.transforms)
+
+
+def identity(plan: Plan, hashes: Mapping[str, str]) -> Identity:
+    """Fields that must agree before a calibration serves a plan.
+
+    The codecs and policies of the cache are absent: they change nothing that is calibrated.
+
+    Args:
+        plan: the recipe applied to the model.
+        hashes: sha256 of the model's weight files.
+    """
+    recipe = plan.recipe.recipe.calibration
+    weights = {name: [to_mapping(w.codec), to_mapping(w.solver)] for name, w in sorted(plan.weights.items())}
+    kv = [
+        [
+            x.attention.layer,
+            *([to_mapping(t) for t in p.transforms] for p in (x.key, x.value)),
+            [x.key.folded, x.value.folded],
+        ]
+        for x in plan.kv
+    ]
+    return {
+        "model files": dict(sorted(hashes.items())),
+        "data": data_name(recipe.data),
+        "samples": recipe.samples,
+        "sample_tokens": recipe.sample_tokens,
+        "seed": recipe.seed,
+        "weight parts": _digest(weights),
+        "kv_cache transforms": _digest(kv),
+    }
+
+
+def data_name(spec: str) -> str:
+    """Name of a calibration text: a path's folder differs from machine to machine, so it is dropped."""
+    return spec if spec.startswith(("hf:", "builtin:")) else Path(spec).name
+
+
+def _digest(value: Any) -> str:
+    raw = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(raw.encode()).hexdigest()

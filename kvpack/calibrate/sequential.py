@@ -1,0 +1,225 @@
+"""Calibration, one decoder block at a time.
+
+Peak memory is one block, the statistics of one block, and the hidden states of all samples. Every
+block sees inputs that already carry the errors of the packed blocks before it, as in GPTQ
+(arXiv 2210.17323, section 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvpack.calibrate.collect import Chain, InputStats
+from kvpack.calibrate.data import Samples
+from kvpack.calibrate.hooks import Recording, finish, record, run_block
+from kvpack.calibrate.identity import identity
+from kvpack.calibrate.solve import solve
+from kvpack.calibrate.store import Calibration, CalibrationWriter
+from kvpack.core.errors import KvpackError, SourceError, UsageError
+from kvpack.core.progress import SILENT, Progress
+from kvpack.core.roles import Plane
+from kvpack.core.types import Rope, Site
+from kvpack.models.fold import fold_value
+from kvpack.models.rope import rope_of
+from kvpack.models.view import ModelView
+from kvpack.models.weights import SourceReader
+from kvpack.recipe.plan import KVLayerPlan, Plan, WeightPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def calibrate(
+    plan: Plan,
+    samples: Samples,
+    out: Path,
+    *,
+    hashes: Mapping[str, str],
+    force: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = SILENT,
+) -> Calibration:
+    """Measure a model on samples and write what its recipe needs to know to the folder `out`.
+
+    Args:
+        plan: the recipe applied to the model.
+        samples: token ids [N, T].
+        out: folder to make; it appears complete or not at all.
+        hashes: sha256 of the model's weight files, from `kvpack.models.scan.scan`.
+        force: replace `out` if it exists.
+        trust_remote_code: let transformers run code from the model folder.
+        progress: told about every block.
+
+    Raises:
+        SourceError: the tokenizer does not belong to the model, or the model computes NaN.
+        UsageError: samples are longer than the model can read, or `out` exists.
+    """
+    _check(plan, samples)
+    with CalibrationWriter(out, force=force) as writer, torch.no_grad():
+        view = ModelView.build(plan.model, trust_remote_code=trust_remote_code)
+        _Run(plan, view, samples.tokens, writer, progress).all_blocks()
+        writer.finish(identity(plan, hashes), samples)
+    return Calibration.open(out)
+
+
+def _check(plan: Plan, samples: Samples) -> None:
+    longest, top = plan.model.max_positions, int(samples.tokens.max())
+    if longest and samples.tokens.shape[1] > longest:
+        raise UsageError(
+            f"samples have {samples.tokens.shape[1]} tokens, the model reads {longest}",
+            hint=f"--set calibration.sample_tokens={longest}",
+        )
+    if top >= plan.model.vocab_size:
+        raise SourceError(
+            f"the tokenizer gives token {top}, the model knows {plan.model.vocab_size}",
+            where=str(plan.model.path),
+            hint="the tokenizer belongs to another model",
+        )
+
+
+class _Run:
+    """One calibration: the hidden states of all samples, moved through the blocks."""
+
+    def __init__(
+        self, plan: Plan, view: ModelView, tokens: Tensor, writer: CalibrationWriter, progress: Progress
+    ) -> None:
+        self.plan, self.view, self.tokens = plan, view, tokens
+        self.writer, self.progress = writer, progress
+        self.reader = SourceReader.of(plan.model)
+        self.batch = plan.recipe.recipe.calibration.batch
+        self.recordings: dict[int, Recording] = {}
+        self.kv = {x.attention.layer: x for x in plan.kv}
+
+    def all_blocks(self) -> None:
+        """Calibrate every block, then what stands behind them."""
+        outside = self._weights(None)
+        wanted = any(w.solver.requires() for w in outside.values())
+        layers = [x for x in range(len(self.view.blocks)) if wanted or self._needed(x)]
+        last = max(layers, default=-1)
+        self.hidden = self._embed()
+        for layer in range(last + 1):
+            self.progress("calibrate", layer, last + 1, f"block {layer}")
+            self._block(layer, onward=layer < last or wanted)
+        if wanted:
+            self._head(outside)
+        self.progress("calibrate", last + 1, last + 1)
+
+    def _needed(self, layer: int) -> bool:
+        return layer in self.kv or any(w.solver.requires() for w in self._weights(layer).values())
+
+    def _weights(self, layer: int | None) -> dict[str, WeightPlan]:
+        return {n: w for n, w in self.plan.weights.items() if w.linear.layer == layer}
+
+    def _embed(self) -> Tensor:
+        """Hidden states [N, T, C] that enter block 0; float16 is too narrow to keep them in."""
+        self.view.load_outer(self.reader, self.view.base_tensors())
+        dtype = torch.bfloat16 if self.view.dtype == torch.bfloat16 else torch.float32
+        hidden = torch.empty(*self.tokens.shape, self.plan.model.hidden_size, dtype=dtype)
+        for part in self._batches():
+            recording = record(self.view, self.tokens[part])
+            hidden[part] = recording.hidden.to(dtype)
+            self.recordings.setdefault(len(recording.hidden), recording)
+        self.view.free_outer()
+        return hidden
+
+    def _batches(self) -> Iterator[slice]:
+        for start in range(0, len(self.tokens), self.batch):
+            yield slice(start, min(start + self.batch, len(self.tokens)))
+
+    def _block(self, layer: int, onward: bool) -> None:
+        chains = self._chains(layer)
+        self.view.load_block(layer, self.reader, torch.float32)
+        weights, kv = self._weights(layer), self.kv.get(layer)
+        if kv is not None and kv.value.folded:
+            while chains["value"].passes:
+                self._pass(layer, chains, InputStats({}), keep=False)
+            self._fold(kv, chains["value"])
+        inputs = InputStats({n: w.solver.requires() for n, w in weights.items()})
+        passes = max([bool(inputs.wanted), *(c.passes for c in chains.values())])
+        for index in range(passes):
+            keep = onward and not weights and index == passes - 1
+            self._pass(layer, chains, inputs if index == 0 else InputStats({}), keep=keep)
+        if kv is not None:
+            for plane, chain in chains.items():
+                self.writer.add_states(layer, plane, chain.states)
+        self._solve(weights, inputs)
+        if onward and (weights or not passes):
+            self._pass(layer, {}, InputStats({}), keep=True)
+        self.view.free_block(layer)
+        self.writer.flush(f"block-{layer:05d}.safetensors")
+
+    def _chains(self, layer: int) -> dict[Plane, Chain]:
+        kv = self.kv.get(layer)
+        if kv is None:
+            return {}
+        positions = torch.arange(self.tokens.shape[1])[None]
+        rope: Rope | None = None
+        if any(t.needs_rope for p in (kv.key, kv.value) for t in p.transforms):
+            rope = rope_of(self.view.model, self.view.attention(layer))
+        at = Site(layer, rope, positions, kv.attention.kv_heads)
+        return {"key": Chain(kv.key.transforms, at), "value": Chain(kv.value.transforms, at)}
+
+    def _pass(self, layer: int, chains: Mapping[Plane, Chain], inputs: InputStats, *, keep: bool) -> None:
+        """Run every sample through a block; with `keep` its outputs replace the hidden states."""
+        modules = {name: self.view.module(name) for name in inputs.wanted}
+
+        def seen(key: Tensor, value: Tensor) -> None:
+            if chains:
+                chains["key"].see(key)
+                chains["value"].see(value)
+
+        for part in self._batches():
+            hidden = self.hidden[part].float()
+            with inputs.attached(modules):
+                result = run_block(self.view, layer, hidden, self.recordings[len(hidden)], seen)
+            if keep:
+                self._keep(part, result, layer)
+        for chain in chains.values():
+            chain.close()
+
+    def _keep(self, part: slice, result: Tensor, layer: int) -> None:
+        if not bool(torch.isfinite(result).all()):
+            raise SourceError(
+                f"decoder block {layer} computes NaN or Inf on the calibration text",
+                where=str(self.plan.model.path),
+                hint="check that the model works in transformers, with this text",
+            )
+        self.hidden[part] = result.to(self.hidden.dtype)
+
+    def _fold(self, kv: KVLayerPlan, chain: Chain) -> None:
+        """Fold value transforms, rounding to the checkpoint's dtype as the export does."""
+        a = kv.attention
+        names = [f"{a.value.linear}.weight", f"{a.value.linear}.bias", f"{a.output.linear}.weight"]
+        tensors = {n: self.reader.read(n) for n in names if n in self.plan.model.tensors}
+        folded = fold_value(a, tensors, chain.transforms, chain.states)
+        self.view.fill({n: t.to(tensors[n].dtype) for n, t in folded.items()}, torch.float32)
+
+    def _solve(self, weights: Mapping[str, WeightPlan], inputs: InputStats) -> None:
+        """Replace every packed weight by its approximation; keep the codes that needed data."""
+        for name, weight in weights.items():
+            stats = inputs.of(name)
+            if inputs.wanted.get(name) and not stats:
+                raise KvpackError(f"{name} was never used by its block", hint="keep it out of the recipe")
+            matrix: Tensor = self.view.module(name).get_parameter("weight").float()
+            solved = solve(weight, matrix, stats, self.view.dtype)
+            if weight.solver.requires():
+                self.writer.add_payload(name, solved)
+            self.view.fill({f"{name}.weight": solved.approximation})
+
+    def _head(self, outside: Mapping[str, WeightPlan]) -> None:
+        """Linear layers behind the last block, usually the head."""
+        inputs = InputStats({n: w.solver.requires() for n, w in outside.items()})
+        self.view.load_outer(self.reader)
+        modules = {name: self.view.module(name) for name in inputs.wanted}
+        for part in self._batches():
+            last = finish(self.view, self.hidden[part].to(self.view.dtype), self.tokens[part])
+            with inputs.attached(modules):
+                for module in modules.values():
+                    module(last)
+        self._solve(outside, inputs)
+        self.view.free_outer()
+        self.writer.flush("outer.safetensors")

@@ -1,0 +1,77 @@
+"""`kvpack export`: write the artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvpack.cli.options import (
+    AllowDownload,
+    Data,
+    DryRun,
+    Force,
+    Model,
+    Output,
+    Overrides,
+    RecipeOption,
+    TrustRemoteCode,
+    with_data,
+)
+from kvpack.cli.plan import plan_result
+from kvpack.cli.run import Result, Session
+from kvpack.report import human_bytes
+
+ShardMegabytes = Annotated[int, typer.Option("--shard-mb", min=1, help="Weight megabytes per file.")]
+
+
+def export(
+    session: Session,
+    model: Model,
+    recipe: RecipeOption,
+    output: Output,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", help="Folder of kvpack calibrate; made when absent.")
+    ] = None,
+    data: Data = None,
+    overrides: Overrides = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    shard_mb: ShardMegabytes = 4000,
+    allow_download: AllowDownload = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> Result:
+    """Write the packed artifact; calibrates first when that is needed."""
+    from kvpack import pipeline
+
+    access = pipeline.Access(allow_download, trust_remote_code)
+    plan = pipeline.make_plan(model, recipe, with_data(overrides, data), access)
+    if dry_run:
+        return plan_result(plan)
+    made = pipeline.export(
+        plan,
+        output,
+        calibration=calibration,
+        force=force,
+        shard_bytes=shard_mb * 1_000_000,
+        access=access,
+        progress=session.progress,
+    )
+    totals = made.manifest.totals
+    found = {
+        "path": str(output),
+        "bytes": made.nbytes,
+        "weight_bytes": totals.weight_bytes,
+        "planned_weight_bytes": sum(t.nbytes for t in plan.artifact_tensors().values()),
+        "bits_per_weight": totals.bits_per_weight,
+        "source_bytes": plan.model.nbytes,
+        "files": sorted(made.manifest.files),
+    }
+    weights = f"{human_bytes(totals.weight_bytes)}, {totals.bits_per_weight:.2f} bits per weight"
+    lines = (
+        f"wrote {output}: {human_bytes(made.nbytes)} in {len(made.manifest.files) + 1} files",
+        f"weights: {weights}; the source has {human_bytes(plan.model.nbytes)}",
+        f'next: kvpack verify {output}, or in Python: kvpack.load("{output}")',
+    )
+    return Result(found, lines)

@@ -1,0 +1,145 @@
+"""`kvpack plan`: what an export would write, to the byte."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Annotated, Any
+
+import typer
+
+from kvpack.cli.console import table
+from kvpack.cli.describe import describe, plane_text
+from kvpack.cli.options import AllowDownload, Model, Overrides, RecipeOption, TrustRemoteCode
+from kvpack.cli.run import Result, Session
+from kvpack.recipe.plan import KVLayerPlan, Plan, WeightPlan
+from kvpack.report import human_bytes, kv_bytes, kv_bytes_per_token, weight_bytes
+
+CONTEXT_TOKENS = 32_768
+"""Tokens that the cache is forecast for."""
+
+
+def plan(
+    session: Session,
+    model: Model,
+    recipe: RecipeOption,
+    context: Annotated[
+        int, typer.Option("--context", min=1, help="Tokens to forecast the cache for.")
+    ] = CONTEXT_TOKENS,
+    overrides: Overrides = None,
+    allow_download: AllowDownload = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> Result:
+    """Forecast size and cache of a model with a recipe; writes nothing."""
+    from kvpack.pipeline import Access, make_plan
+
+    made = make_plan(model, recipe, overrides or (), Access(allow_download, trust_remote_code))
+    return plan_result(made, context)
+
+
+def plan_result(made: Plan, context: int = CONTEXT_TOKENS) -> Result:
+    """Data and text of a plan."""
+    data = plan_data(made, context)
+    head = f"{made.model.architecture}, {data['parameters']:,} parameters, {made.model.dtype}"
+    lines: list[Any] = [f"{head}, {len(made.model.files)} files ({human_bytes(made.model.nbytes)})", ""]
+    rows = [
+        (r["match"], r["tensors"], r["scheme"], f"{r['bits_per_element']:.2f}", human_bytes(r["bytes"]))
+        for r in data["weights"]
+    ]
+    total = data["artifact"]
+    rows.append(("total", "", "", f"{total['bits_per_weight']:.2f}", human_bytes(total["bytes"])))
+    columns = ("weights", "tensors", "scheme", "bits/w", "bytes")
+    lines.append(table(columns, rows, right=("tensors", "bits/w", "bytes")))
+    if cache := data["kv_cache"]:
+        lines += ["", *_cache_lines(cache)]
+    if data["dropped"]:
+        lines += ["", "not in the artifact:", *(f"  {d['name']}: {d['reason']}" for d in data["dropped"])]
+    return Result(data, tuple(lines))
+
+
+def plan_data(made: Plan, context: int) -> dict[str, Any]:
+    """A plan as JSON data."""
+    count = weight_bytes(made)
+    return {
+        "architecture": made.model.architecture,
+        "parameters": made.model.parameters,
+        "source_bytes": made.model.nbytes,
+        "recipe": {"name": made.recipe.recipe.name, "sha256": made.recipe.sha256},
+        "weights": _weight_rows(made),
+        "artifact": {"bytes": count.total, "bits_per_weight": count.bits_per_weight},
+        "kv_cache": _cache_data(made, context),
+        "dropped": [{"name": d.name, "reason": d.reason} for d in made.dropped],
+    }
+
+
+def _weight_rows(made: Plan) -> list[dict[str, Any]]:
+    rules: dict[int, list[WeightPlan]] = defaultdict(list)
+    for weight in made.weights.values():
+        rules[weight.rule].append(weight)
+    rows = []
+    for index, weights in sorted(rules.items()):
+        nbytes = sum(w.nbytes for w in weights)
+        elements = sum(w.linear.shape[0] * w.linear.shape[1] for w in weights)
+        rows.append(
+            {
+                "match": made.recipe.recipe.weights[index].match,
+                "tensors": len(weights),
+                "scheme": f"{describe(weights[0].codec)}; {describe(weights[0].solver)}",
+                "bits_per_element": 8 * nbytes / elements,
+                "bytes": nbytes,
+            }
+        )
+    copied, elements = (
+        sum(t.nbytes for t in made.copied.values()),
+        sum(t.elements for t in made.copied.values()),
+    )
+    rows.append(
+        {
+            "match": "all other tensors",
+            "tensors": len(made.copied),
+            "scheme": "as they are",
+            "bits_per_element": 8 * copied / elements if elements else 0.0,
+            "bytes": copied,
+        }
+    )
+    return rows
+
+
+def _cache_data(made: Plan, context: int) -> dict[str, Any] | None:
+    if not made.kv:
+        return None
+    held = kv_bytes(made.kv, context, made.model.dtype)
+    first = made.kv[0]
+    return {
+        "layers": len(made.kv),
+        "key": plane_text(first.key),
+        "value": plane_text(first.value),
+        "policy": describe(first.policy),
+        "source_bytes_per_token": made.model.kv_bytes_per_token(),
+        "bytes_per_token": float(kv_bytes_per_token(made.kv, made.model.dtype)),
+        "context_tokens": context,
+        "source_bytes": _dense_bytes(made.kv, context, made),
+        "bytes": held.total,
+        "bits_per_element": held.bits_per_element,
+    }
+
+
+def _dense_bytes(layers: tuple[KVLayerPlan, ...], context: int, made: Plan) -> int:
+    """Bytes of the uncompressed cache, sliding windows respected."""
+    share = made.model.kv_bytes_per_token() // sum(a.kv_heads * a.head_dim for a in made.model.attention)
+    attention = [layer.attention for layer in layers]
+    return sum(share * a.kv_heads * a.head_dim * min(context, a.window or context) for a in attention)
+
+
+def _cache_lines(cache: dict[str, Any]) -> list[Any]:
+    smaller = cache["source_bytes"] / cache["bytes"]
+    per_token = f"{human_bytes(cache['source_bytes_per_token'])} -> {human_bytes(cache['bytes_per_token'])}"
+    held = f"{human_bytes(cache['source_bytes'])} -> {human_bytes(cache['bytes'])}"
+    rows = [
+        ("keys", cache["key"]),
+        ("values", cache["value"]),
+        ("policy", cache["policy"]),
+        ("per token", f"{per_token} once it is encoded"),
+        (f"{cache['context_tokens']:,} tokens", f"{held} ({smaller:.2f}x smaller)"),
+        ("bits/element", f"{cache['bits_per_element']:.2f}, everything counted"),
+    ]
+    return [table(("KV cache", f"{cache['layers']} layers"), rows)]

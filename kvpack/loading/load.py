@@ -1,0 +1,87 @@
+"""From an artifact's folder to a running transformers model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from kvpack.artifact.reader import Artifact
+from kvpack.core.errors import ArtifactError
+from kvpack.runtime.install import install
+from kvpack.runtime.linear import replace_linears
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device_map: Any = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load an artifact as a transformers model, with packed weights and its compressed KV cache.
+
+    Every file's checksum is compared before anything is allocated.
+
+    Args:
+        path: the artifact's folder.
+        dtype: dtype of what is not packed and of the computation; "auto" is the source's.
+        device_map: as in `from_pretrained`.
+        attn_implementation: as in `from_pretrained`.
+        trust_remote_code: as in `from_pretrained`.
+
+    Raises:
+        ArtifactError: the artifact is incomplete, damaged, changed or too new.
+    """
+    folder = Path(path)
+    Artifact.open(folder, check="structure")  # a clear error before transformers looks at the folder
+    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        device_map=device_map,
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,
+        **options,
+    )
+    return model
+
+
+def prepare(model: Any, artifact: Artifact) -> None:
+    """Put packed layers into a model's skeleton, before its weights are loaded.
+
+    Raises:
+        ArtifactError: the artifact does not hold exactly the tensors that the model then needs.
+    """
+    manifest = artifact.manifest
+    replace_linears(
+        model,
+        {
+            name: (linear.codec, (linear.shape[0], linear.shape[1]), linear.tensors)
+            for name, linear in manifest.weights.items()
+        },
+    )
+    tied = set(manifest.base_model.tied)
+    needed = {name for name in model.state_dict() if name not in tied}
+    held = set(artifact.tensor_names)
+    if odd := sorted(needed ^ held):
+        missing = odd[0] in needed
+        raise ArtifactError(
+            f"tensor {odd[0]!r} is {'missing' if missing else 'not part of the model'}",
+            where=str(artifact.path),
+            why=f"{len(odd)} tensors differ between the artifact and {type(model).__name__}",
+            hint="load it with the transformers version in its manifest, or export it again",
+        )
+
+
+def finish(model: Any, artifact: Artifact, dtype: torch.dtype | None) -> None:
+    """Give a loaded model its computation dtype and its compressed cache."""
+    for parameter in model.parameters():
+        # Parameters only: rotary frequencies and scales are buffers, and keep their precision.
+        if dtype is not None and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    if artifact.manifest.kv:
+        install(model, artifact.manifest.kv, artifact.kv_state())

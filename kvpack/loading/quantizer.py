@@ -1,0 +1,81 @@
+"""The seam into transformers: a quantizer registered for ``quant_method: kvpack``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from kvpack.artifact.writer import INDEX_FILE
+from kvpack.core.errors import ArtifactError
+
+METHOD = "kvpack"
+
+
+class KvpackConfig(QuantizationConfigMixin):
+    """The `quantization_config` of an artifact's config.json; all else is in its manifest."""
+
+    def __init__(self, format_version: int = 1, **_: Any) -> None:
+        self.quant_method = METHOD
+        self.format_version = format_version
+
+
+class KvpackQuantizer(HfQuantizer):
+    """Validates an artifact, puts packed modules into the skeleton, installs the cache."""
+
+    requires_calibration = True
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Point transformers at the artifact's shards, which it would not find by their names.
+
+        The name is set here and not in config.json: without kvpack, loading must fail.
+        """
+        config.transformers_weights = INDEX_FILE
+        return config
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> None:
+        """Keep the stored dtype: casting scales would change what the codes mean."""
+        del converter, param, dtype
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, dtype: Any = None, **_: Any
+    ) -> None:
+        from kvpack.artifact.reader import Artifact
+        from kvpack.loading.load import prepare
+
+        if not checkpoint_files:
+            raise ArtifactError("no weights were found", hint="give the artifact's folder")
+        self.dtype = dtype
+        self.artifact = Artifact.open(Path(checkpoint_files[0]).parent)
+        prepare(model, self.artifact)
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        from kvpack.loading.load import finish
+
+        finish(model, self.artifact, self.dtype)
+        del model.config.transformers_weights
+        return model
+
+    def is_serializable(self) -> bool:
+        """Saving goes through `kvpack export`, which verifies what it writes."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights take no gradients."""
+        return False
+
+
+def register() -> None:
+    """Tell transformers about kvpack; a second call does nothing."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(KvpackConfig)
+        register_quantizer(METHOD)(KvpackQuantizer)

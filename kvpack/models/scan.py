@@ -1,0 +1,75 @@
+"""One pass over the weights before any work: no NaN, no Inf, and a hash of every file."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from kvpack.core.errors import SourceError
+from kvpack.core.model_spec import ModelSpec
+from kvpack.core.progress import SILENT, Progress
+from kvpack.core.safetensors_header import read_header
+
+CHUNK_BYTES = 8 << 20
+_FLOATS = {"float64", "float32", "float16", "bfloat16"}
+
+
+def scan(spec: ModelSpec, progress: Progress = SILENT) -> dict[str, str]:
+    """Read every weight file once, in chunks.
+
+    Returns:
+        File name -> sha256, for every shard.
+
+    Raises:
+        SourceError: a tensor holds NaN or Inf, or a file is truncated.
+    """
+    hashes: dict[str, str] = {}
+    for done, file in enumerate(spec.files):
+        progress("check", done, len(spec.files), file)
+        hashes[file] = _scan_file(spec, spec.path / file)
+    progress("check", len(spec.files), len(spec.files))
+    return hashes
+
+
+def _scan_file(spec: ModelSpec, path: Path) -> str:
+    entries = sorted(read_header(path, error=SourceError).tensors.items(), key=lambda e: e[1].start)
+    used = {t.stored_name or n for n, t in spec.tensors.items() if n not in spec.ignored}
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        for name, entry in entries:
+            _hash_until(stream, digest, entry.start)
+            dtype = entry.dtype if entry.dtype in _FLOATS and name in used else None
+            _scan_tensor(stream, digest, name, entry.stop, dtype)
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _hash_until(stream: BinaryIO, digest: hashlib._Hash, stop: int) -> None:
+    digest.update(stream.read(stop - stream.tell()))
+
+
+def _scan_tensor(stream: BinaryIO, digest: hashlib._Hash, name: str, stop: int, dtype: str | None) -> None:
+    bad, first, seen = 0, -1, 0
+    while stream.tell() < stop:
+        chunk = stream.read(min(CHUNK_BYTES, stop - stream.tell()))
+        if not chunk:
+            raise SourceError(f"ends inside tensor {name}", where=stream.name, hint="download it again")
+        digest.update(chunk)
+        if dtype is None:
+            continue
+        values = torch.frombuffer(bytearray(chunk), dtype=getattr(torch, dtype))
+        wrong = (~torch.isfinite(values)).nonzero()
+        if len(wrong) and not bad:
+            first = seen + int(wrong[0])
+        bad, seen = bad + len(wrong), seen + values.numel()
+    if bad:
+        raise SourceError(
+            f"{name} holds {bad} NaN or Inf values, the first at flat index {first}",
+            where=stream.name,
+            why="every statistic and code computed from them would be meaningless",
+            hint="repair or replace the checkpoint",
+        )

@@ -1,0 +1,45 @@
+"""Undo the rotary position embedding of keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from kvpack.core.errors import KvpackError
+from kvpack.core.roles import Transform
+from kvpack.core.types import Rope, Site, State
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Unrope(Transform):
+    """Keys as they were before RoPE, where a channel keeps its meaning from token to token.
+
+    RoPE mixes pairs of channels by an angle that depends on the position, which blurs channels
+    with consistent values. `inverse` applies it again at the same positions. Sources: KVQuant,
+    arXiv 2401.18079, section 3.2; RotateKV, arXiv 2501.16383, section 3.1.
+    """
+
+    linear: ClassVar[bool] = False
+    needs_rope: ClassVar[bool] = True
+
+    def forward(self, x: Tensor, state: State, at: Site) -> Tensor:
+        """Rotate `x` [B, K, T, D] back to position 0."""
+        rope, positions = _rope(at)
+        return rope.undo(x, positions)
+
+    def inverse(self, z: Tensor, state: State, at: Site) -> Tensor:
+        """Rotate `z` to its positions again."""
+        rope, positions = _rope(at)
+        return rope.apply(z.float(), positions)
+
+
+def _rope(at: Site) -> tuple[Rope, Tensor]:
+    if at.rope is None or at.positions is None:
+        raise KvpackError(
+            f"layer {at.layer}: unrope got no rotary embedding or no positions",
+            hint="use unrope on keys of a model with rotary position embeddings",
+        )
+    return at.rope, at.positions

@@ -1,0 +1,204 @@
+"""The stages of the main job, in order; each function is one command. Readable top to bottom.
+
+plan -> scan -> calibrate -> pack and write -> check what was written.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvpack.artifact.manifest import FORMAT_VERSION, Manifest
+from kvpack.core.progress import SILENT, Progress
+from kvpack.model_card import model_card
+from kvpack.recipe.plan import Plan
+
+if TYPE_CHECKING:
+    from kvpack.artifact.writer import ArtifactWriter
+    from kvpack.calibrate.store import Calibration
+
+SHARD_BYTES = 4_000_000_000
+"""Weight bytes per file of an artifact."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """What the user allows: the network, and running code from the model's folder."""
+
+    allow_download: bool = False
+    trust_remote_code: bool = False
+
+
+CLOSED = Access()
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A finished artifact. `calibration` is the folder that was used, None when none was needed."""
+
+    path: Path
+    manifest: Manifest
+    nbytes: int
+
+
+def make_plan(model: str | Path, recipe: str, overrides: Sequence[str] = (), access: Access = CLOSED) -> Plan:
+    """Apply a recipe to a model: what would be written, to the byte. Reads headers only.
+
+    Raises:
+        RecipeError: the recipe is wrong, or asks for what this model cannot do.
+        SourceError: the model is incomplete or unknown.
+    """
+    from kvpack.models import open_model
+    from kvpack.recipe.load import load
+    from kvpack.recipe.resolve import resolve
+
+    loaded = load(recipe, overrides)
+    spec = open_model(model, allow_download=access.allow_download, trust_remote_code=access.trust_remote_code)
+    return resolve(loaded, spec)
+
+
+def calibrate(
+    plan: Plan, out: Path, *, force: bool = False, access: Access = CLOSED, progress: Progress = SILENT
+) -> Calibration:
+    """Measure the model on the recipe's text and write a reusable calibration folder.
+
+    Raises:
+        SourceError: the weights hold NaN or Inf, or a shard is damaged.
+        UsageError: `out` exists, or the text is missing or too short.
+    """
+    from kvpack.core.atomic import check_free
+    from kvpack.models.scan import scan
+
+    check_free(out, force=force)
+    return _calibrate(plan, out, scan(plan.model, progress), force, access, progress)
+
+
+def _calibrate(
+    plan: Plan, out: Path, hashes: Mapping[str, str], force: bool, access: Access, progress: Progress
+) -> Calibration:
+    from kvpack.calibrate.data import draw
+    from kvpack.calibrate.sequential import calibrate as run
+    from kvpack.models.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(plan.model, trust_remote_code=access.trust_remote_code)
+    samples = draw(plan.recipe.recipe.calibration, tokenizer, allow_download=access.allow_download)
+    return run(
+        plan,
+        samples,
+        out,
+        hashes=hashes,
+        force=force,
+        trust_remote_code=access.trust_remote_code,
+        progress=progress,
+    )
+
+
+def export(
+    plan: Plan,
+    out: Path,
+    *,
+    calibration: Path | None = None,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    access: Access = CLOSED,
+    progress: Progress = SILENT,
+) -> Exported:
+    """Write the artifact: all of it, or nothing.
+
+    Args:
+        plan: from `make_plan`.
+        out: the artifact's folder.
+        calibration: a folder that `calibrate` wrote for this model and recipe; without it, a
+            recipe that needs one calibrates by itself.
+        force: replace `out` if it exists.
+        shard_bytes: weight bytes per file.
+        access: what is allowed.
+        progress: told about every stage.
+
+    Raises:
+        UsageError: `out` exists.
+        CalibrationMismatch: the calibration was made for something else.
+        SourceError: the weights hold NaN or Inf, or a shard is damaged.
+        ResourceError: the disk is too small; nothing was changed.
+    """
+    from kvpack.artifact.writer import ArtifactWriter
+    from kvpack.models.scan import scan
+
+    planned = sum(spec.nbytes for spec in plan.artifact_tensors().values())
+    with ArtifactWriter(out, force=force, planned_bytes=planned) as writer:
+        hashes = scan(plan.model, progress)
+        with _calibrated(plan, calibration, hashes, out, access, progress) as measured:
+            manifest = _write(plan, measured, hashes, writer, shard_bytes, progress)
+    return Exported(out, manifest, sum(f.stat().st_size for f in out.rglob("*") if f.is_file()))
+
+
+@contextmanager
+def _calibrated(
+    plan: Plan,
+    given: Path | None,
+    hashes: Mapping[str, str],
+    out: Path,
+    access: Access,
+    progress: Progress,
+) -> Iterator[Calibration | None]:
+    """The calibration to export with: the given one if it fits, a fresh one if one is needed."""
+    from kvpack.calibrate.identity import needs_calibration
+    from kvpack.calibrate.store import Calibration
+
+    if given is not None:
+        calibration = Calibration.open(given)
+        calibration.matches(plan, hashes)
+        yield calibration
+    elif needs_calibration(plan):
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.calibration-", dir=out.parent) as scratch:
+            yield _calibrate(plan, Path(scratch, "calibration"), hashes, False, access, progress)
+    else:
+        yield None
+
+
+def _write(
+    plan: Plan,
+    calibration: Calibration | None,
+    hashes: Mapping[str, str],
+    writer: ArtifactWriter,
+    shard_bytes: int,
+    progress: Progress,
+) -> Manifest:
+    from kvpack.artifact.from_plan import manifest_of
+    from kvpack.artifact.source_files import sidecar_files
+    from kvpack.packing import Packing
+
+    packing = Packing(plan, calibration)
+    specs = plan.artifact_tensors()
+    writer.begin_weights(specs, shard_bytes)
+    for done, (name, tensor) in enumerate(packing.tensors()):
+        progress("export", done, len(specs), name)
+        writer.write_tensor(name, tensor)
+    progress("export", len(specs), len(specs))
+    writer.write_kv_state(plan.kv_state_tensors(), packing.kv_states())
+    writer.write_json("config.json", _config(plan))
+    for name, path in sidecar_files(plan.model.path).items():
+        writer.copy_file(path, name)
+    writer.write_text("README.md", model_card(plan))
+    manifest = manifest_of(
+        plan,
+        writer.written(),
+        source_hashes=hashes,
+        relative_errors=packing.relative_errors,
+        calibration=None if calibration is None else calibration.origin,
+        repository=plan.model.repository,
+        seed=plan.recipe.recipe.calibration.seed,
+    )
+    return writer.finish(manifest)
+
+
+def _config(plan: Plan) -> dict[str, Any]:
+    """The source's config.json, marked so that transformers asks kvpack to load it."""
+    config: dict[str, Any] = json.loads((plan.model.path / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "kvpack", "format_version": FORMAT_VERSION}
+    return config

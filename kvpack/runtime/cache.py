@@ -1,0 +1,185 @@
+"""The compressed cache of a model: what `generate()` and `forward(use_cache=True)` use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from kvpack.core.errors import UsageError
+from kvpack.core.roles import Plane
+from kvpack.core.types import Rope, State
+from kvpack.recipe.plan import KVLayerPlan, state_name
+from kvpack.runtime.layer import KVPackLayer
+from kvpack.runtime.tokens import TokenTrack
+
+PLANES: tuple[Plane, ...] = ("key", "value")
+
+
+@dataclass(frozen=True)
+class KVScheme:
+    """Everything a cache of one model is made from; shared by its caches.
+
+    `plans` holds one plan per layer, `states` the tensors of the online transforms under the names
+    of `kvpack.recipe.plan.state_name`, `ropes` the rotary embedding of each layer that needs it.
+
+    Raises:
+        UsageError: layers are missing, or a transform's state is.
+    """
+
+    plans: tuple[KVLayerPlan, ...]
+    states: Mapping[str, Tensor] = field(default_factory=dict)
+    ropes: Mapping[int, Rope] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        layers = [plan.attention.layer for plan in self.plans]
+        if layers != list(range(len(layers))) or not layers:
+            raise UsageError(
+                f"the KV plans cover layers {layers}", why="every attention layer needs one, in order"
+            )
+        expected = {name for plan in self.plans for name in self._names(plan)}
+        if missing := sorted(expected - set(self.states)):
+            raise UsageError(f"state {missing[0]!r} of the KV scheme is missing", hint="calibrate again")
+
+    def _names(self, plan: KVLayerPlan) -> list[str]:
+        return [
+            state_name(plan.attention.layer, plane, i, name)
+            for plane in PLANES
+            for i, specs in enumerate(() if plan.plane(plane).folded else plan.plane(plane).states)
+            for name in specs
+        ]
+
+    def states_of(self, plan: KVLayerPlan, plane: Plane) -> tuple[State, ...]:
+        """State of every online transform of a plane, in order."""
+        side = plan.plane(plane)
+        names = side.states if side.online else ()
+        return tuple(
+            {n: self.states[state_name(plan.attention.layer, plane, i, n)] for n in specs}
+            for i, specs in enumerate(names)
+        )
+
+    @property
+    def needs_hidden(self) -> bool:
+        """Whether a policy looks at the inputs of decoder layers."""
+        return any(plan.policy.needs_hidden for plan in self.plans)
+
+    @property
+    def needs_rope(self) -> bool:
+        """Whether a transform undoes RoPE."""
+        return any(t.needs_rope for plan in self.plans for p in PLANES for t in plan.plane(p).online)
+
+
+class KVPackCache(Cache):
+    """Keys and values of all layers, encoded as their plans say.
+
+    Attention during a forward pass sees the pass's own tokens exactly and older ones as stored.
+    Tokens are encoded once, when they leave the exact tail, and never again.
+
+    Args:
+        scheme: plans, states and rotary embeddings.
+        exact_prefill: False makes the cache a measuring device (protocol "A" of the literature:
+            KVQuant, RotateKV): every token that completes a token block is encoded at once, the
+            exact window does not apply, and attention sees the pass's own tokens as decoded, too.
+            Tokens that do not fill a block, and protected ones, stay exact.
+
+    A cache must be told of each forward pass by `begin`; `kvpack.runtime.install` adds the hooks
+    that do it.
+    """
+
+    def __init__(self, scheme: KVScheme, *, exact_prefill: bool = True) -> None:
+        self.scheme, self.exact_prefill = scheme, exact_prefill
+        self.track = TokenTrack()
+        layers = [
+            KVPackLayer(
+                plan,
+                {plane: scheme.states_of(plan, plane) for plane in PLANES},
+                scheme.ropes.get(plan.attention.layer),
+                self.track,
+                exact_prefill=exact_prefill,
+            )
+            for plan in scheme.plans
+        ]
+        super().__init__(layers=layers)
+        self.layers: list[KVPackLayer] = layers
+
+    def begin(self, batch: int, tokens: int, attention_mask: Tensor | None = None) -> None:
+        """Announce a forward pass; `attention_mask` [B, T] covers the cached and the new tokens.
+
+        Raises:
+            UsageError: the batch changed, or the mask is too short.
+        """
+        self.track.begin(self.get_seq_length(), batch, tokens, attention_mask)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.track.clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make row i of the batch what row ``beam_idx[i]`` was."""
+        super().reorder_cache(beam_idx)
+        self.track.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` of the batch (integers or a bool mask)."""
+        rows = torch.as_tensor(indices)
+        rows = rows.nonzero().squeeze(-1) if rows.dtype == torch.bool else rows
+        self.reorder_cache(rows)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch `repeats` times."""
+        if self.track.batch:
+            self.reorder_cache(torch.arange(self.track.batch).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest -`tokens_to_remove` tokens; see `KVPackLayer.crop`."""
+        super().crop(tokens_to_remove)
+        self.track.crop(self.get_seq_length())
+
+    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Refused: the compressed cache stays on the model's device."""
+        self.layers[layer_idx].offload()
+
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Refused, as `offload`."""
+        self.layers[layer_idx].offload()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: codes, scales, exact tails, protected tokens, positions and padding marks."""
+        return self.track.nbytes + sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """The same with the buffers' room to grow."""
+        return self.track.nbytes + sum(layer.allocated_nbytes for layer in self.layers)
+
+    @property
+    def elements(self) -> int:
+        """Numbers that an uncompressed cache would hold."""
+        return sum(layer.elements for layer in self.layers)
+
+    def bits_per_element(self) -> float:
+        """Held bits divided by the numbers that an uncompressed cache would hold; 0 when empty."""
+        return 8 * self.nbytes / self.elements if self.elements else 0.0
+
+    @property
+    def stored_tokens(self) -> int:
+        """Tokens held in encoded form, summed over layers, keys and values counted apart."""
+        return sum(sum(layer.stored_tokens.values()) for layer in self.layers)
+
+    @property
+    def encoded_tokens(self) -> int:
+        """Tokens ever encoded, summed as `stored_tokens`."""
+        return sum(layer.encoded_tokens for layer in self.layers)
+
+
+def make_scheme(
+    plans: Sequence[KVLayerPlan], states: Mapping[str, Tensor], ropes: Mapping[int, Rope] | None = None
+) -> KVScheme:
+    """A scheme from the plans of all layers, in any order."""
+    ordered = sorted(plans, key=lambda plan: plan.attention.layer)
+    return KVScheme(tuple(ordered), dict(states), dict(ropes or {}))

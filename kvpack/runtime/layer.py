@@ -1,0 +1,287 @@
+"""The compressed cache of one attention layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from kvpack.core.errors import UsageError
+from kvpack.core.roles import Plane
+from kvpack.core.types import CacheView, Rope, Site, State
+from kvpack.recipe.plan import KVLayerPlan
+from kvpack.runtime.overlay import Overlay
+from kvpack.runtime.plane import PlaneCache
+from kvpack.runtime.tokens import TokenTrack
+
+
+class KVPackLayer(CacheLayerMixin):
+    """Keys and values of one layer under a plan, behind transformers' cache interface.
+
+    Args:
+        plan: transforms, codecs and policy.
+        states: state of the online transforms of each plane, in order.
+        rope: the layer's rotary embedding, for transforms that need it.
+        track: positions and padding, shared by the layers of a cache.
+        exact_prefill: see `KVPackCache`.
+    """
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(
+        self,
+        plan: KVLayerPlan,
+        states: Mapping[Plane, tuple[State, ...]],
+        rope: Rope | None,
+        track: TokenTrack,
+        *,
+        exact_prefill: bool = True,
+    ) -> None:
+        super().__init__()
+        self.plan, self.track, self.exact_prefill = plan, track, exact_prefill
+        self.sliding_window = plan.attention.window
+        self.is_sliding = self.sliding_window is not None
+        self.record_past = False
+        self._states, self._rope = states, rope
+        self._planes: dict[Plane, PlaneCache] = {}
+        self._encoded_before_reset = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take batch, dtype and device from the first keys and values [B, K, T, D]."""
+        site = Site(self.plan.attention.layer, self._rope, None, key_states.shape[1])
+        for plane, like in (("key", key_states), ("value", value_states)):
+            name: Plane = "key" if plane == "key" else "value"
+            states = [
+                {n: t.to(like.device) for n, t in state.items()} for state in self._states.get(name, ())
+            ]
+            self._planes[name] = PlaneCache(self.plan.plane(name), states, site, like)
+        self._overlay = Overlay(key_states)
+        self.batch_size = key_states.shape[0]
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B, K, T, D]; return everything the new tokens may attend to.
+
+        Older tokens come back as stored (decoded, exact in the tail or where protected), the new
+        ones exactly, unless the cache was made with ``exact_prefill=False``.
+
+        Raises:
+            UsageError: the cache was not told of this forward pass.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        past, new = self.get_seq_length(), key_states.shape[2]
+        self._check_announced(past + new, key_states.shape[0])
+        start = self._window_start(past)
+        self._protect(key_states, value_states, past)
+        held = self._read(start, past, key_states, value_states) if self.exact_prefill else None
+        self._planes["key"].append(key_states)
+        self._planes["value"].append(value_states)
+        if held is None:
+            self._encode(start)
+            held = self._read(start, past + new)
+            self._drop()
+        elif not self.record_past:
+            self._encode(self._window_start(past + new))
+            self._drop()
+        return held
+
+    def _check_announced(self, length: int, batch: int) -> None:
+        if (self.track.length, self.track.batch) != (length, batch):
+            raise UsageError(
+                f"layer {self.plan.attention.layer}: the cache does not know of these tokens",
+                why=f"{self.track.length} were announced, {length} would be cached",
+                hint="run the model that kvpack.load returned; it tells its cache of positions and padding",
+            )
+
+    def _window_start(self, length: int) -> int:
+        """The oldest of `length` slots that the next token attends to."""
+        return max(0, length - self.sliding_window + 1) if self.sliding_window is not None else 0
+
+    def _protect(self, keys: Tensor, values: Tensor, past: int) -> None:
+        view = CacheView(
+            self.plan.attention.layer,
+            keys.shape[0],
+            keys.shape[2],
+            self.track.seen(keys.device),
+            self.track.valid_of(past, past + keys.shape[2]),
+            self.track.hidden.pop(self.plan.attention.layer, None),
+        )
+        chosen = self.plan.policy.protect(view)
+        if chosen is not None:
+            self._overlay.add(chosen, keys, values, past)
+
+    def _read(self, start: int, past: int, *new: Tensor) -> tuple[Tensor, Tensor]:
+        """Slots `start` to `past` from the store and the tail, then `new` keys and values as they are."""
+        if new and past == 0:
+            return new[0], new[1]
+        extra = new[0].shape[2] if new else 0
+        planes = (self._planes["key"], self._planes["value"])
+        keys, values = (
+            p.tail.new_empty((*p.tail.shape[:2], past - start + extra, p.tail.shape[3])) for p in planes
+        )
+        with torch.no_grad():
+            planes[0].read(keys, start, self.track)
+            planes[1].read(values, start, self.track)
+            self._overlay.write(keys, values, start)
+        if new:
+            keys[:, :, past - start :] = new[0]
+            values[:, :, past - start :] = new[1]
+        return keys, values
+
+    def _encode(self, needed: int) -> None:
+        """Encode what leaves the tails; slots before `needed` are out of the window."""
+        for name, plane in self._planes.items():
+            tail = plane.length - plane.boundary
+            if self.exact_prefill:
+                count = self.plan.policy.leaving(tail, plane.block, name)
+            else:
+                count = tail // plane.block * plane.block
+            with torch.no_grad():
+                plane.encode(count, needed, self.track, self._overlay)
+
+    def _drop(self) -> None:
+        """Free what fell out of the sliding window."""
+        if self.sliding_window is not None:
+            needed = self._window_start(self.get_seq_length())
+            for plane in self._planes.values():
+                plane.drop(needed)
+            self._overlay.keep(needed, self.get_seq_length())
+
+    def get_seq_length(self) -> int:
+        """Slots so far: padding and tokens out of the window included."""
+        return self._planes["key"].length if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and first slot of what `update` will return for `query_length` new tokens."""
+        past = self.get_seq_length()
+        start = self._window_start(past)
+        return past - start + query_length, start
+
+    def get_max_length(self) -> int:
+        """The sliding window; -1 for full attention, which has no maximum."""
+        return -1 if self.sliding_window is None else self.sliding_window
+
+    def activate_past_recording(self) -> None:
+        """Let tokens stay exact until `crop` is called, so that cropping leaves no trace.
+
+        Raises:
+            UsageError: the cache was made with ``exact_prefill=False``.
+        """
+        if not self.exact_prefill:
+            raise UsageError(
+                "a cache that quantises the prompt chunk cannot take tokens back without a trace",
+                hint="use exact_prefill=True with assisted generation",
+            )
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest -`tokens_to_remove` tokens; afterwards encode what a recording held back.
+
+        Codes are never changed: tokens that were encoded stay encoded, those removed from the
+        middle of a token block leave a hole, and new tokens begin a new block.
+
+        Raises:
+            UsageError: a positive count, or tokens that left the sliding window would be needed.
+        """
+        if tokens_to_remove > 0:
+            raise UsageError(
+                f"crop takes the negative number of tokens to remove, not {tokens_to_remove}",
+                hint="crop(-n) removes the n newest tokens",
+            )
+        if not self.is_initialized:
+            return
+        length = max(0, self.get_seq_length() + tokens_to_remove)
+        if tokens_to_remove:
+            self._check_croppable(length)
+            for plane in self._planes.values():
+                plane.crop(length)
+            self._overlay.keep(0, length)
+        if self.record_past:
+            self._encode(self._window_start(length))
+            self._drop()
+
+    def _check_croppable(self, length: int) -> None:
+        if self.sliding_window is None:
+            return
+        full = self.get_seq_length() >= self.sliding_window
+        first = max(plane.first for plane in self._planes.values())
+        if (full and not self.record_past) or (first > self._window_start(length) and length):
+            raise UsageError(
+                f"layer {self.plan.attention.layer}: tokens before the crop left the sliding window",
+                hint="call activate_past_recording() before the tokens that may be removed",
+            )
+
+    def reset(self) -> None:
+        """Forget everything; the next update begins anew."""
+        self._encoded_before_reset = self.encoded_tokens
+        self._planes, self.is_initialized, self.record_past = {}, False, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make row i of the batch what row ``beam_idx[i]`` was."""
+        if self.is_initialized:
+            for plane in self._planes.values():
+                plane.select(beam_idx)
+            self._overlay.select(beam_idx)
+            self.batch_size = len(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` of the batch."""
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch `repeats` times."""
+        if self.is_initialized:
+            self.reorder_cache(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        """Refused: the compressed cache stays on the model's device."""
+        raise UsageError(
+            "the compressed cache cannot be offloaded", hint="pass a DynamicCache(offloading=True)"
+        )
+
+    def prefetch(self) -> None:
+        """Refused, as `offload`."""
+        self.offload()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales, exact tails and protected tokens."""
+        planes = sum(plane.nbytes for plane in self._planes.values())
+        return planes + self._overlay.nbytes if self.is_initialized else 0
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """The same with the room to grow."""
+        planes = sum(plane.allocated_nbytes for plane in self._planes.values())
+        return planes + self._overlay.nbytes if self.is_initialized else 0
+
+    @property
+    def elements(self) -> int:
+        """Numbers that an uncompressed cache would hold."""
+        if not self.is_initialized:
+            return 0
+        held = self.get_seq_length() - self._window_start(self.get_seq_length())
+        return sum(held * p.tail.shape[0] * p.tail.shape[1] * p.tail.shape[3] for p in self._planes.values())
+
+    @property
+    def stored_tokens(self) -> dict[Plane, int]:
+        """Tokens held in encoded form."""
+        return {name: plane.store.tokens for name, plane in self._planes.items()}
+
+    @property
+    def protected_tokens(self) -> int:
+        """Protected tokens, summed over the batch."""
+        return len(self._overlay) if self.is_initialized else 0
+
+    @property
+    def encoded_tokens(self) -> int:
+        """Tokens ever encoded, keys and values counted apart; equal to those stored unless some left."""
+        return self._encoded_before_reset + sum(p.store.encoded_tokens for p in self._planes.values())

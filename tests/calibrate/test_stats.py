@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvpack.calibrate.stats import accumulator
+from kvpack.core.errors import KvpackError
+
+KINDS = ("gram", "channel_sum", "channel_absmax")
+
+
+def _data() -> torch.Tensor:
+    return torch.randn(6, 3, 20, 8, generator=torch.Generator().manual_seed(0))
+
+
+def _expected(kind: str, x: torch.Tensor) -> torch.Tensor:
+    flat = x.double().reshape(-1, x.shape[-1])
+    return {
+        "gram": flat.T @ flat,
+        "channel_sum": x.double().sum((0, 2)),
+        "channel_absmax": x.double().abs().amax((0, 2)),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_and_merges_equal_one_pass(kind):
+    x = _data()
+    whole, first, second = accumulator(kind), accumulator(kind), accumulator(kind)
+    whole.update(x)
+    for part in x[:4].split(1):
+        first.update(part)
+    second.update(x[4:])
+    first.merge(second)
+    first.merge(accumulator(kind))
+    one, many = whole.state(), first.state()
+    assert set(one) == set(many)
+    for name in one:
+        torch.testing.assert_close(one[name], many[name], rtol=1e-5, atol=1e-5)
+    value = next(t for n, t in one.items() if n != "count")
+    torch.testing.assert_close(value.double(), _expected(kind, x), rtol=1e-5, atol=1e-4)
+    assert int(one["count"]) == 120
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_leaves_the_other_accumulator_alone(kind):
+    x = _data()
+    first, second = accumulator(kind), accumulator(kind)
+    second.update(x)
+    before = {n: t.clone() for n, t in second.state().items()}
+    first.merge(second)
+    first.update(10 * x)
+    for name, tensor in second.state().items():
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_input_is_summed_precisely(kind):
+    x = (_data() + 3).bfloat16()
+    found = accumulator(kind)
+    for _ in range(50):
+        found.update(x)
+    value = next(t for n, t in found.state().items() if n != "count")
+    times = 1 if kind == "channel_absmax" else 50
+    torch.testing.assert_close(value.double(), times * _expected(kind, x), rtol=1e-4, atol=1e-3)
+
+
+def test_mistakes_are_refused():
+    with pytest.raises(KvpackError, match="no statistic is called 'gramm'") as info:
+        accumulator("gramm")
+    assert "channel_sum" in info.value.hint
+    with pytest.raises(ValueError, match="cannot merge"):
+        accumulator("gram").merge(accumulator("channel_sum"))
+    with pytest.raises(ValueError, match="no data"):
+        accumulator("gram").state()

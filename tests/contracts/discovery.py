@@ -1,0 +1,65 @@
+"""Every part of a role, in its default configuration and in those of `cases/<role>_<kind>.py`.
+
+A new part is under contract as soon as its file exists. A cases file is only needed for further
+configurations (`CASES`), or where a part has settings without defaults.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from kvpack.calibrate.stats import accumulator
+from kvpack.core import registry
+from kvpack.core.roles import Part
+from kvpack.core.types import State, Stats, TensorSpec
+
+CASES = Path(__file__).parent / "cases"
+
+
+def parts(role: str) -> list:
+    """Pytest parameters: one per configuration of every part of `role`."""
+    found: list[Part] = []
+    for kind in registry.kinds(role):
+        cases = configurations(role, kind)
+        try:
+            default = [registry.find(role, kind)()]
+        except TypeError:
+            assert cases, f"{role}/{kind} has settings without defaults: add {CASES}/{role}_{kind}.py"
+            default = []
+        found += [*default, *(c for c in cases if c not in default)]
+    return [pytest.param(part, id=repr(part)) for part in found]
+
+
+def configurations(role: str, kind: str) -> list[Part]:
+    path = CASES / f"{role}_{kind}.py"
+    if not path.exists():
+        return []
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return list(module.CASES)
+
+
+def stats_of(part: Part, x: Tensor) -> Stats:
+    """The statistics that `part` asks for, measured on `x` [B, K, T, D] or [T, C]."""
+    collected = {stat.kind: accumulator(stat.kind) for stat in part.requires()}
+    for statistic in collected.values():
+        statistic.update(x if x.dim() == 4 else x[None, None])
+    return {kind: statistic.state() for kind, statistic in collected.items()}
+
+
+def through_safetensors(tensors: Mapping[str, Tensor]) -> State:
+    return load(save({name: t.contiguous() for name, t in tensors.items()}))
+
+
+def specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    return {n: TensorSpec(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in tensors.items()}
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
