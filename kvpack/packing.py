@@ -86,10 +86,14 @@ class Packing:
             payload = weight.solver.solve(matrix, weight.codec, {})
         _check(weight, payload)
         approximation = weight.codec.decode(payload, {}, torch.float32)
-        norm = float(matrix.double().norm())
-        error = float((matrix - approximation).double().norm()) / norm if norm else 0.0
-        self.relative_errors[weight.linear.name] = float(f"{error:.6g}")
+        self.relative_errors[weight.linear.name] = relative_error(matrix, approximation)
         return payload
+
+
+def relative_error(matrix: Tensor, approximation: Tensor) -> float:
+    """``|W - W_hat| / |W|`` in the Frobenius norm, to six digits; 0 for a zero matrix."""
+    norm = float(matrix.double().norm())
+    return float(f"{float((matrix - approximation).double().norm()) / norm:.6g}") if norm else 0.0
 
 
 def _fold_targets(plan: Plan) -> Mapping[str, KVLayerPlan]:

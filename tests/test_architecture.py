@@ -19,6 +19,7 @@ LAYERS = [
     {"model_card"},
     {"evaluate", "verify"},
     {"pipeline"},
+    {"demo"},
     {"cli"},
     {"__main__"},
 ]

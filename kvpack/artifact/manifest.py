@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvpack.artifact.canonical import table_json
+from kvpack.artifact.layout import MANIFEST_FILE as MANIFEST_FILE
 from kvpack.core.errors import ArtifactError, RecipeError, RecipeErrors
 from kvpack.core.roles import Codec, Solver
 from kvpack.core.strict_json import parse_json
-from kvpack.core.types import Shape, TensorSpec
+from kvpack.core.types import ITEM_BYTES, TensorSpec
 from kvpack.recipe.build import build, hints, to_mapping
 from kvpack.recipe.plan import DroppedTensor, KVLayerPlan
 from kvpack.recipe.yaml_lines import Node, Position
 
 FORMAT_VERSION = 1
-MANIFEST_FILE = "kvpack.json"
 _DIGEST = "manifest_sha256"
 _NO_DIGEST = "0" * 64
 _PLAIN_SECTIONS = ("resolved_recipe", "calibration")
@@ -38,6 +38,12 @@ class TensorRecord(TensorSpec):
     """A stored tensor and the hash of its bytes."""
 
     sha256: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ITEM_BYTES:
+            raise ValueError(f"unknown dtype {self.dtype[:40]!r}")
+        if any(not 0 <= n < 2**63 for n in self.shape):
+            raise ValueError("impossible shape")
 
     def matches(self, spec: TensorSpec) -> bool:
         """Whether shape and dtype are those of `spec`."""
@@ -83,7 +89,7 @@ class PackedLinear:
     """
 
     role: str
-    shape: Shape
+    shape: tuple[int, int]
     dtype: str
     codec: Codec
     solver: Solver
@@ -92,6 +98,10 @@ class PackedLinear:
     bits: int | None = None
     layer: int | None = None
     relative_error: float | None = None
+
+    def __post_init__(self) -> None:
+        if any(not 0 < n < 2**31 for n in self.shape):
+            raise ValueError("impossible shape")
 
     @property
     def nbytes(self) -> int:

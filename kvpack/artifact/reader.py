@@ -5,16 +5,22 @@ Opening needs no torch; only reading tensors does.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvpack.artifact.damage import check_hashes
-from kvpack.artifact.manifest import MANIFEST_FILE, Manifest, TensorRecord
+from kvpack.artifact.layout import (
+    INDEX_FILE,
+    KV_FILE,
+    MANIFEST_FILE,
+    SIGNATURE_FILE,
+    is_shard,
+    shard_name,
+)
+from kvpack.artifact.manifest import Manifest, TensorRecord
 from kvpack.artifact.paths import member, visible_files
-from kvpack.artifact.writer import INDEX_FILE, KV_FILE, shard_name
 from kvpack.core.errors import ArtifactError, KvpackError
 from kvpack.core.progress import SILENT, Progress
 from kvpack.core.safetensors_header import TensorEntry, read_header
@@ -29,10 +35,6 @@ if TYPE_CHECKING:
 Check = Literal["structure", "full"]
 
 MAX_MANIFEST_BYTES = 100_000_000
-SIGNATURE_FILE = "model.sig"
-"""A detached OpenSSF model signature; it is made after the manifest and so cannot be in it."""
-
-_SHARD = re.compile(r"kvpack-[0-9]{5}-of-([0-9]{5})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def _places(
     folder: Path, manifest: Manifest
 ) -> tuple[dict[str, tuple[str, TensorEntry]], dict[str, tuple[str, TensorEntry]]]:
     """Where every weight tensor and every KV state is, from the headers."""
-    shards = sorted(f for f in manifest.files if _SHARD.fullmatch(f))
+    shards = sorted(filter(is_shard, manifest.files))
     if shards != [shard_name(i + 1, len(shards)) for i in range(len(shards))] or not shards:
         raise ArtifactError("its weight files are not numbered without gaps", where=str(folder))
     weights: dict[str, tuple[str, TensorEntry]] = {}

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from kvpack.artifact.canonical import plain_json
 from kvpack.artifact.files import BUFFER_BYTES, HashedFile
-from kvpack.artifact.manifest import MANIFEST_FILE, FileRecord, Manifest, TensorRecord
+from kvpack.artifact.layout import INDEX_FILE as INDEX_FILE
+from kvpack.artifact.layout import KV_FILE, MANIFEST_FILE, shard_name
+from kvpack.artifact.manifest import FileRecord, Manifest, TensorRecord
 from kvpack.artifact.paths import check_name
 from kvpack.artifact.tensor_file import TensorFile, split_shards
 from kvpack.core.atomic import NewFolder, require_space, writing
@@ -22,8 +24,6 @@ from kvpack.core.types import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-INDEX_FILE = "kvpack.safetensors.index.json"
-KV_FILE = "kvpack-kv.safetensors"
 SHARD_BYTES = 4_000_000_000
 """Largest weight file, unless one tensor is larger."""
 
@@ -35,11 +35,6 @@ class Written:
     files: Mapping[str, FileRecord]
     tensors: Mapping[str, TensorRecord]
     kv_state: Mapping[str, TensorRecord]
-
-
-def shard_name(number: int, count: int) -> str:
-    """`kvpack-00001-of-00002.safetensors`; numbers start at 1."""
-    return f"kvpack-{number:05}-of-{count:05}.safetensors"
 
 
 class ArtifactWriter:

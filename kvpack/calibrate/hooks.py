@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 OnUpdate = Callable[["Tensor", "Tensor"], None]
 
 
-class Tap(Cache):  # type: ignore[misc]  # transformers' classes count as Any
+class Tap(Cache):
     """A cache that stores nothing and shows every update's keys (after RoPE) and values."""
 
     def __init__(self, seen: OnUpdate | None = None) -> None:

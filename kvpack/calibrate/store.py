@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST = "calibration.json"
+_ENTRY = {"file", "shape", "tensors", "relative_output_error"}
 FORMAT, VERSION = "kvpack-calibration", 1
 
 
@@ -87,8 +89,6 @@ class CalibrationWriter:
 
     def finish(self, who: Identity, samples: Samples) -> None:
         """Write the manifest, last."""
-        import transformers
-
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -98,7 +98,7 @@ class CalibrationWriter:
             "versions": {
                 "kvpack": __version__,
                 "torch": torch.__version__,
-                "transformers": transformers.__version__,
+                "transformers": metadata.version("transformers"),
             },
             "linears": self._linears,
             "kv": self._kv,
@@ -235,6 +235,13 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     for key in ("identity", "data", "linears", "kv", "files"):
         if not isinstance(manifest.get(key), dict):
             raise ArtifactError(f"lacks {key!r}", where=where, hint=hint)
+    for linear, entry in manifest["linears"].items():
+        if (
+            not isinstance(entry, dict)
+            or not entry.keys() >= _ENTRY
+            or entry["file"] not in manifest["files"]
+        ):
+            raise ArtifactError(f"describes {linear!r} wrongly", where=where, hint=hint)
     return manifest
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvpack import __version__
-from kvpack.cli import calibrate, doctor, export, inspect_, plan, recipes
+from kvpack.cli import calibrate, demo, doctor, eval_, export, generate, inspect_, plan, recipes, verify
 from kvpack.cli.run import Result, command, function_name
 
 app = typer.Typer(
@@ -21,9 +21,10 @@ app = typer.Typer(
 _recipes = typer.Typer(help="Show what can be asked for.", no_args_is_help=True)
 
 _PANELS: dict[str, tuple[Callable[..., Result], ...]] = {
-    "Start here": (plan.plan, calibrate.calibrate, export.export),
+    "Start here": (demo.demo, plan.plan, calibrate.calibrate, export.export),
     "Look": (inspect_.inspect_,),
-    "Check": (doctor.doctor,),
+    "Check": (verify.verify, eval_.eval_, doctor.doctor),
+    "Use": (generate.generate,),
 }
 _RECIPES = (recipes.recipes_list, recipes.recipes_show, recipes.recipes_validate, recipes.recipes_schema)
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpack.artifact.manifest import MANIFEST_FILE, Manifest, PackedLinear
-from kvpack.artifact.reader import read_manifest
 from kvpack.cli.console import table
 from kvpack.cli.describe import describe, plane_text
 from kvpack.cli.run import Result, Session
@@ -18,6 +16,9 @@ from kvpack.core.errors import ArtifactError, SourceError
 from kvpack.core.strict_json import parse_json
 from kvpack.recipe.build import to_mapping
 from kvpack.report import human_bytes, kv_bytes_per_token
+
+if TYPE_CHECKING:
+    from kvpack.artifact.manifest import Manifest, PackedLinear
 
 CALIBRATION_FILE = "calibration.json"
 
@@ -27,6 +28,8 @@ def inspect_(
     path: Annotated[Path, typer.Argument(help="Folder of a model, a calibration or an artifact.")],
 ) -> Result:
     """Show what is inside a model, a calibration or an artifact."""
+    from kvpack.artifact.manifest import MANIFEST_FILE
+
     if not path.is_dir():
         raise SourceError("is not a folder", where=str(path), hint="give a model, calibration or artifact")
     for file, show in ((MANIFEST_FILE, _artifact), (CALIBRATION_FILE, _calibration), ("config.json", _model)):
@@ -40,6 +43,8 @@ def inspect_(
 
 
 def _artifact(path: Path) -> Result:
+    from kvpack.artifact.reader import read_manifest
+
     manifest = read_manifest(path)
     base, totals = manifest.base_model, manifest.totals
     data: dict[str, Any] = {

@@ -21,6 +21,7 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let transformers run code from the model's folder.")
 ]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, or Hugging Face hub id[@revision].")]
+Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder that kvpack export wrote.")]
 RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", metavar="RECIPE", help="A file, or a bundled recipe's name.")
 ]

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kvpack.artifact.reader import Artifact
 from kvpack.core.errors import ArtifactError
+from kvpack.models.source import resolve
 from kvpack.runtime.install import install
 from kvpack.runtime.linear import replace_linears
 
@@ -48,6 +49,38 @@ def load(
         **options,
     )
     return model
+
+
+def load_source(
+    reference: str | Path, *, allow_download: bool = False, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load an uncompressed model, to compare with; in its own dtype.
+
+    Raises:
+        SourceError: the folder or hub id leads to no model.
+    """
+    folder, _ = resolve(reference, allow_download=allow_download)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    return model
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that travels with an artifact, as transformers makes it.
+
+    Raises:
+        ArtifactError: there is none, or it is broken.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            "its tokenizer cannot be loaded",
+            where=str(path),
+            why=str(error).strip().splitlines()[0],
+            hint="export from a source folder that holds tokenizer.json and tokenizer_config.json",
+        ) from error
 
 
 def prepare(model: Any, artifact: Artifact) -> None:

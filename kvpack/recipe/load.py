@@ -54,6 +54,17 @@ def load(reference: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     )
 
 
+def from_resolved(resolved: Mapping[str, Any], path: str, source: str, variant: str | None) -> LoadedRecipe:
+    """A recipe from its resolved mapping, as an artifact's manifest holds it.
+
+    Raises:
+        RecipeErrors: it is not what this version resolves recipes to.
+    """
+    recipe = _build(Node.of(resolved, Position(path)), [])
+    plain = to_mapping(recipe)
+    return LoadedRecipe(recipe, path, source, variant, (), plain, digest(plain), {})
+
+
 def variants(reference: str) -> list[str]:
     """Names of a recipe's variants, in the order of the file."""
     return list(variants_of(compose(read(split_variant(reference)[0]))))

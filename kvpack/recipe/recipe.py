@@ -101,7 +101,6 @@ class Recipe:
     weights: tuple[WeightRule, ...] = ()
     kv_cache: KVCacheRecipe | None = None
     calibration: CalibrationRecipe = CalibrationRecipe()
-    gates: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

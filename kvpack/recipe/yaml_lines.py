@@ -9,6 +9,7 @@ Numbers follow YAML 1.2: ``1e-3`` is a number, ``yes`` and ``012:30`` are text.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -80,8 +81,9 @@ class Node:
         return self.value
 
 
+@functools.lru_cache(maxsize=64)
 def parse(text: str, file: str) -> Node:
-    """Read one YAML document.
+    """Read one YAML document. Trees are never changed in place, so equal texts share one.
 
     Args:
         text: the document.

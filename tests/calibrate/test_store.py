@@ -81,8 +81,11 @@ def test_incomplete_foreign_and_newer_folders(copy, tmp_path):
     _change(copy, version=2)
     with pytest.raises(ArtifactError, match="version 2"):
         Calibration.open(copy)
-    _change(copy, version=1, files={"../kept": "0"})
+    _change(copy, version=1, linears={}, files={"../kept": "0"})
     with pytest.raises(ArtifactError, match="is missing"):
+        Calibration.open(copy)
+    _change(copy, files={}, linears={"a": {"file": "b"}})
+    with pytest.raises(ArtifactError, match="describes 'a' wrongly"):
         Calibration.open(copy)
     _change(copy, files=[])
     with pytest.raises(ArtifactError, match="lacks 'files'"):

@@ -41,11 +41,11 @@ def test_override_shows_in_the_output(run_kvpack: Kvpack) -> None:
 
 
 def test_explain_names_the_origin_of_every_value(run_kvpack: Kvpack) -> None:
-    done = run_kvpack("recipes", "show", "kivi-sinks", "--explain", "--set", "gates.kl=0.1")
+    done = run_kvpack("recipes", "show", "kivi-sinks", "--explain", "--set", "calibration.batch=2")
     lines = {line.split()[0]: line.split() for line in done.out.splitlines()}
     assert lines["kv_cache.policy.sink_tokens"][1:] == ["4", "sinks.yaml:6"]
     assert lines["kv_cache.policy.recent_tokens"][1:] == ["128", "kivi.yaml:21"]
-    assert lines["gates.kl"][1:] == ["0.1", "--set"]
+    assert lines["calibration.batch"][1:] == ["2", "--set"]
     assert lines["calibration.seed"][1:] == ["0", "default"]
 
 

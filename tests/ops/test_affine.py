@@ -110,6 +110,13 @@ def test_a_byte_for_the_scale_costs_little_when_clipping(zero: str, std: float) 
     assert errors[1] < 1.03 * errors[0]
 
 
+@pytest.mark.parametrize("clip", [1.0, 0.8])
+@pytest.mark.parametrize("zero", ["float", "integer", "none"])
+def test_a_step_below_the_stored_range_becomes_its_smallest_number(clip: float, zero: str) -> None:
+    grid = affine.fit(torch.tensor(-1e-4), torch.tensor(1e-4), 3, zero, torch.float8_e4m3fn, clip)
+    assert float(grid["scale"]) == 2.0**-9
+
+
 def test_ragged_groups_keep_their_own_range() -> None:
     x = torch.tensor([[0.0, 1.0, 2.0, 3.0, 50.0, 60.0]])
     low, high = affine.value_range(affine.split(x, "channel", 4), -1)

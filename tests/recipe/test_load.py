@@ -74,9 +74,9 @@ def test_a_path_wins_over_a_bundled_name(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_own_file_may_extend_the_bundled_recipe_of_its_name(tmp_path: Path) -> None:
-    mine = write(tmp_path, "kvpack: 1\nname: kivi\nextends: kivi\ngates: {kl: 1}\n", "kivi.yaml")
+    mine = write(tmp_path, "kvpack: 1\nname: kivi\nextends: kivi\ncalibration: {seed: 1}\n", "kivi.yaml")
     loaded = load(mine)
-    assert loaded.recipe.gates == {"kl": 1.0}
+    assert loaded.recipe.calibration.seed == 1
     assert loaded.recipe.kv_cache == load("kivi").recipe.kv_cache
 
 
@@ -127,9 +127,9 @@ def test_variant_and_override_precedence() -> None:
 
 
 def test_override_reaches_lists_and_creates_missing_sections() -> None:
-    loaded = load("w4", ["weights.0.codec.bits=3", "gates.kl=1e-2", "calibration.data=a.txt"])
+    loaded = load("w4", ["weights.0.codec.bits=3", "calibration.seed=3", "calibration.data=a.txt"])
     assert loaded.recipe.weights[0].codec.bits == 3
-    assert loaded.recipe.gates == {"kl": 0.01}
+    assert loaded.recipe.calibration.seed == 3
     assert loaded.recipe.calibration.data == "a.txt"
 
 

@@ -1,0 +1,41 @@
+"""`kvpack verify`: prove that an artifact is complete, untampered and decodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvpack.cli.console import table
+from kvpack.cli.options import AllowDownload, Artifact, TrustRemoteCode
+from kvpack.cli.run import Result, Session
+from kvpack.core.errors import CheckFailed
+
+Source = Annotated[
+    str | None, typer.Option("--source", metavar="MODEL", help="The uncompressed model: folder or hub id.")
+]
+
+
+def verify(
+    session: Session,
+    path: Artifact,
+    source: Source = None,
+    allow_download: AllowDownload = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> Result:
+    """Prove an artifact is complete, untampered and decodes."""
+    from kvpack.verify import verify as run
+
+    found = run(
+        Path(path),
+        source,
+        allow_download=allow_download,
+        trust_remote_code=trust_remote_code,
+        progress=session.progress,
+    )
+    rows = [(c.name, "ok" if c.passed else "FAILED", c.detail) for c in found.checks]
+    failed = next((c for c in found.checks if not c.passed), None)
+    failure = None if failed is None else CheckFailed(f"{failed.name}: {failed.detail}", where=str(path))
+    data = {"passed": found.passed, "checks": found.checks}
+    return Result(data, (table(("check", "", ""), rows), "PASS" if found.passed else "FAIL"), failure)

@@ -1,0 +1,84 @@
+"""Evaluating an artifact: load it and its source, score both on one text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvpack.core.progress import SILENT, Progress
+from kvpack.evaluate.protocols import PROTOCOLS, Protocol, chunks, measure
+from kvpack.evaluate.scores import Evaluation
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What to score on, and how much of it."""
+
+    data: str = "builtin:stdlib"
+    context_tokens: int = 1024
+    max_tokens: int = 16384
+    step_tokens: int = 32
+    batch: int = 4
+    protocols: Sequence[Protocol] = PROTOCOLS
+
+
+def evaluate(
+    path: Path,
+    source: str | Path | None,
+    settings: EvaluationSettings = EvaluationSettings(),
+    *,
+    allow_download: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = SILENT,
+) -> Evaluation:
+    """Score the artifact at `path`, and its source beside it, in one run.
+
+    Args:
+        path: the artifact's folder.
+        source: the uncompressed model, folder or hub id; None to score the artifact alone.
+        settings: text and amounts.
+        allow_download: whether source and text may come from the network.
+        trust_remote_code: let transformers run code from the model's folder.
+        progress: told after each batch.
+
+    Raises:
+        ArtifactError: the artifact is damaged.
+        UsageError: the text cannot be had or is too short.
+    """
+    from kvpack.artifact.reader import read_manifest
+    from kvpack.calibrate.data import load_text
+    from kvpack.loading.load import load, load_source, load_tokenizer
+    from kvpack.runtime.install import new_cache
+
+    manifest = read_manifest(path)
+    model = load(path, trust_remote_code=trust_remote_code)
+    reference = None
+    if source is not None:
+        reference = load_source(source, allow_download=allow_download, trust_remote_code=trust_remote_code)
+    text = load_text(settings.data, allow_download=allow_download)
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = min(settings.context_tokens, longest or settings.context_tokens)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    pieces = chunks(text.documents, tokenizer, context, settings.max_tokens)
+    measured = measure(
+        model,
+        reference,
+        pieces,
+        new_cache=(lambda exact: new_cache(model, exact_prefill=exact)) if manifest.kv else None,
+        protocols=settings.protocols,
+        step_tokens=settings.step_tokens,
+        batch=settings.batch,
+        progress=progress,
+    )
+    return Evaluation(
+        text=text.name,
+        tokens=sum(len(piece) - 1 for piece in pieces),
+        context_tokens=context,
+        step_tokens=settings.step_tokens,
+        packed=measured.packed,
+        bits_per_weight=manifest.totals.bits_per_weight,
+        source=measured.source,
+        kv_bits_per_element=None if measured.cache is None else measured.cache.bits_per_element(),
+        kv_bytes=None if measured.cache is None else measured.cache.nbytes,
+    )

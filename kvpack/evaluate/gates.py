@@ -1,0 +1,66 @@
+"""Conditions on an evaluation, for CI: ``ppl_ratio<=1.02,kl<=0.01``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from kvpack.core.errors import UsageError
+from kvpack.evaluate.scores import Evaluation
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One condition on a metric: ``kl<=0.01``."""
+
+    metric: str
+    operator: Literal["<=", ">="]
+    bound: float
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` meets the bound; NaN never does."""
+        return value <= self.bound if self.operator == "<=" else value >= self.bound
+
+
+METRICS = ("ppl", "ppl_ratio", "kl", "top1", "weight_bits", "kv_bits")
+
+
+def parse_gates(text: str) -> list[Gate]:
+    """Read ``"ppl_ratio<=1.02,kl<=0.01"``.
+
+    Raises:
+        UsageError: an unknown metric, or no ``<=``/``>=`` with a number.
+    """
+    gates = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        operator: Literal["<=", ">="] = "<=" if "<=" in item else ">="
+        metric, found, bound = (part.strip() for part in item.partition(operator))
+        if not found or metric not in METRICS:
+            raise UsageError(
+                f"cannot read the gate {item!r}",
+                hint=f"write METRIC<=NUMBER or METRIC>=NUMBER, with METRIC one of {', '.join(METRICS)}",
+            )
+        try:
+            gates.append(Gate(metric, operator, float(bound)))
+        except ValueError:
+            raise UsageError(
+                f"{bound!r} in gate {item!r} is not a number", hint="for example kl<=0.01"
+            ) from None
+    return gates
+
+
+def failed_gates(evaluation: Evaluation, gates: Sequence[Gate]) -> list[str]:
+    """One line per gate that does not hold, for any protocol measured."""
+    failures = []
+    for protocol in evaluation.packed:
+        metrics = evaluation.metrics(protocol)
+        for gate in gates:
+            if gate.metric not in metrics:
+                failures.append(f"{gate.metric} was not measured ({protocol})")
+            elif not gate.holds(metrics[gate.metric]):
+                value = metrics[gate.metric]
+                failures.append(
+                    f"{protocol}: {gate.metric} is {value:.4g}, not {gate.operator} {gate.bound:g}"
+                )
+    return failures

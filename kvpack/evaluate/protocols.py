@@ -1,0 +1,131 @@
+"""How it is measured: chunks of text, and the ways a quantised cache takes part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from kvpack.core.errors import UsageError
+from kvpack.core.progress import SILENT, Progress
+from kvpack.evaluate.scores import Scores, Tally
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Protocol = Literal["prefill", "decode"]
+PROTOCOLS: tuple[Protocol, ...] = ("prefill", "decode")
+
+NewCache = Callable[[bool], Any]
+"""Makes a fresh compressed cache; the argument tells whether a chunk attends to its own exact keys."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Scores by protocol, the source's, and the cache of the last chunk that was decoded."""
+
+    packed: dict[str, Scores]
+    source: Scores | None
+    cache: Any
+
+
+def chunks(documents: Sequence[str], tokenizer: Any, context_tokens: int, limit_tokens: int) -> list[Tensor]:
+    """Token ids to score, each [T] with T <= `context_tokens`.
+
+    One document is cut into non-overlapping chunks (the GPTQ convention); several documents stay
+    apart, each cut off at `context_tokens`.
+
+    Raises:
+        UsageError: no document has two tokens.
+    """
+    import torch
+
+    result: list[Tensor] = []
+    total = 0
+    for document in documents:
+        ids = torch.tensor(tokenizer(document, verbose=False)["input_ids"], dtype=torch.long)
+        pieces = torch.split(ids, context_tokens) if len(documents) == 1 else [ids[:context_tokens]]
+        for piece in pieces:
+            if total >= limit_tokens:
+                return result
+            if len(documents) == 1 and result and len(piece) < context_tokens:
+                continue
+            if len(piece) >= 2:
+                result.append(piece)
+                total += len(piece)
+    if not result:
+        raise UsageError("the evaluation text holds fewer than two tokens", hint="pass a longer --data file")
+    return result
+
+
+def batches(pieces: Sequence[Tensor], size: int) -> Iterator[Tensor]:
+    """Stack neighbouring chunks of equal length into [B, T], at most `size` each."""
+    import torch
+
+    start = 0
+    while start < len(pieces):
+        stop = start + 1
+        while stop < len(pieces) and stop - start < size and len(pieces[stop]) == len(pieces[start]):
+            stop += 1
+        yield torch.stack(list(pieces[start:stop]))
+        start = stop
+
+
+def measure(
+    packed: Any,
+    source: Any | None,
+    pieces: Sequence[Tensor],
+    *,
+    new_cache: NewCache | None,
+    protocols: Sequence[Protocol] = PROTOCOLS,
+    step_tokens: int = 32,
+    batch: int = 4,
+    progress: Progress = SILENT,
+) -> Measured:
+    """Score a packed model, and its source beside it, on `pieces`.
+
+    Args:
+        packed: the loaded artifact.
+        source: the uncompressed model; None to score the packed one alone.
+        pieces: token ids, from `chunks`.
+        new_cache: None for an artifact without a KV scheme.
+        protocols: which measurements to make.
+        step_tokens: tokens fed per step in ``decode``; 1 is exact, more is faster and equal
+            where the recent window is at least as long.
+        batch: chunks scored together.
+        progress: told after each batch.
+    """
+    import torch
+
+    names: Sequence[str] = protocols if new_cache is not None else ("weights",)
+    reference, tallies = Tally(), {name: Tally() for name in names}
+    done, total, cache = 0, sum(len(p) for p in pieces), None
+    with torch.inference_mode():
+        for ids in batches(pieces, batch):
+            progress("evaluate", done, total)
+            exact = None if source is None else source(ids, use_cache=False).logits[:, :-1]
+            if exact is not None:
+                reference.add(exact, ids[:, 1:])
+            for name, tally in tallies.items():
+                logits, used = _run(packed, ids, name, new_cache, step_tokens)
+                tally.add(logits[:, :-1], ids[:, 1:], exact)
+                cache = used if name != "prefill" else cache
+            done += ids.numel()
+    progress("evaluate", total, total)
+    return Measured(
+        {n: t.scores() for n, t in tallies.items()}, None if source is None else reference.scores(), cache
+    )
+
+
+def _run(
+    model: Any, ids: Tensor, protocol: str, new_cache: NewCache | None, step_tokens: int
+) -> tuple[Tensor, Any]:
+    """Logits [B, T, V] of `model` under one protocol, and the cache it used."""
+    import torch
+
+    if new_cache is None:
+        return model(ids, use_cache=False).logits, None
+    cache = new_cache(protocol == "decode")
+    steps = torch.split(ids, step_tokens, 1) if protocol == "decode" else (ids,)
+    logits = [model(step, past_key_values=cache, use_cache=True).logits for step in steps]
+    return torch.cat(logits, dim=1), cache

@@ -1,0 +1,128 @@
+"""The main job on every family, source dtype, and layout of the checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import kvpack
+from kvpack import pipeline
+from tests.recipes.checks import check_accounting, check_everything, check_loaded, same_bits, source_tensors
+from tests.recipes.conftest import Made, Make, MakeSource
+from tests.tiny_models import FAMILIES
+
+RECIPES = ("rotatekv", "kivi", "w4", "w4@rtn")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(family: str, recipe: str, make: Make, prompt: torch.Tensor) -> None:
+    check_everything(make(recipe, family), prompt)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
+def test_half_precision_source(family: str, dtype: str, make: Make, prompt: torch.Tensor) -> None:
+    made = make("rotatekv-w4", family, dtype=dtype)
+    assert made.artifact.manifest.base_model.dtype == dtype
+    assert {str(p.dtype) for p in made.load().parameters()} == {f"torch.{dtype}"}
+    check_everything(made, prompt)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gemma3_text"])
+def test_tied_embeddings_are_stored_once(family: str, make: Make, prompt: torch.Tensor) -> None:
+    made = make("rotatekv-w4", family, tied=True)
+    assert "lm_head.weight" not in made.artifact.tensor_names
+    assert made.artifact.manifest.base_model.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    model = made.load()
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    check_everything(made, prompt)
+
+
+def _both_tied_tensors(source: Path, folder: Path, *, kept: tuple[str, ...]) -> Path:
+    """A copy of a tied checkpoint that holds `kept` of the two names."""
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    folder.mkdir()
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    shared = tensors.pop(names[1])
+    tensors.update({name: shared.clone() for name in kept})
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_tied_checkpoint_that_holds_both(
+    make_source: MakeSource, make: Make, tmp_path: Path, prompt: torch.Tensor
+) -> None:
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    source = _both_tied_tensors(make_source("llama", tied=True), tmp_path / "source", kept=names)
+    plan = pipeline.make_plan(source, "w8")
+    assert [(d.name, d.reason) for d in plan.dropped] == [(names[0], f"tied to {names[1]}, stored once")]
+    made = Made(source, plan, pipeline.export(plan, tmp_path / "out").path)
+    check_everything(made, prompt)
+    once = make("w8", "llama", tied=True)
+    assert made.artifact.manifest.totals == once.artifact.manifest.totals
+
+
+def test_tied_checkpoint_that_holds_the_head_only(
+    make_source: MakeSource, tmp_path: Path, prompt: torch.Tensor
+) -> None:
+    source = make_source("llama", tied=True)
+    head_only = _both_tied_tensors(source, tmp_path / "source", kept=("lm_head.weight",))
+    plan = pipeline.make_plan(head_only, "w8")
+    made = Made(source, plan, pipeline.export(plan, tmp_path / "out").path)
+    check_accounting(made)
+    with torch.inference_mode():
+        embedding = source_tensors(pipeline.make_plan(source, "w8"))["model.embed_tokens.weight"]
+        model = made.load()
+        assert same_bits(model.model.embed_tokens.weight, embedding)
+        assert same_bits(model.lm_head.weight, embedding)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox"])
+def test_shards_in_and_out(family: str, make: Make, prompt: torch.Tensor) -> None:
+    whole = make("rotatekv-w4", family)
+    made = make("rotatekv-w4", family, shard_size="60KB", shard_bytes=30_000)
+    assert len(made.plan.model.files) > 2
+    assert len(list(made.path.glob("kvpack-0*.safetensors"))) > 2
+    check_everything(made, prompt)
+    for name in whole.artifact.tensor_names:
+        assert same_bits(made.artifact.read(name), whole.artifact.read(name)), name
+
+
+def test_buffers_of_old_checkpoints_are_dropped_with_a_reason(
+    make_source: MakeSource, tmp_path: Path
+) -> None:
+    source = make_source("llama")
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    tensors = {**load_file(source / "model.safetensors"), buffer: torch.ones(8)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    plan = pipeline.make_plan(folder, "kivi")
+    assert [d.name for d in plan.dropped] == [buffer]
+    made = Made(folder, plan, pipeline.export(plan, tmp_path / "out").path)
+    check_accounting(made)
+    check_loaded(made, made.load())
+
+
+def test_computation_in_another_dtype(make: Make, prompt: torch.Tensor) -> None:
+    made = make("rotatekv-w4")
+    model = kvpack.load(made.path, dtype=torch.bfloat16, attn_implementation="eager")
+    assert model.dtype == torch.bfloat16
+    assert model.config._attn_implementation == "eager"
+    for name in made.artifact.manifest.weights:
+        stored = made.artifact.payload(name).tensors["scale"]
+        assert same_bits(model.get_submodule(name).get_buffer("scale"), stored)
+    with torch.inference_mode():
+        half = model(prompt, use_cache=False).logits
+        full = made.load()(prompt, use_cache=False).logits
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - full).norm() < 0.05 * full.norm()
