@@ -54,12 +54,12 @@ class Packing:
         layer = self._folded.get(name)
         if layer is None:
             return tensor
-        states = self._states(layer, "value")
+        states = self._states(layer, "value")[: len(layer.value.transforms)]
         folded = fold_value(layer.attention, {name: tensor}, layer.value.transforms, states)
         return folded[name].to(tensor.dtype)
 
     def kv_states(self) -> dict[str, Tensor]:
-        """State of all transforms that run online, named as in `Plan.kv_state_tensors`."""
+        """State of codecs and of transforms that run online, named as in `Plan.kv_state_tensors`."""
         wanted = self.plan.kv_state_tensors()
         found = {
             state_name(layer.attention.layer, plane, i, name): tensor
@@ -71,10 +71,10 @@ class Packing:
         return {name: found[name] for name in wanted}
 
     def _states(self, layer: KVLayerPlan, plane: Plane) -> tuple[State, ...]:
-        """Calibrated states of a plane's transforms; without a calibration, those that need no data."""
+        """States of a plane's transforms and codec; without a calibration, those that need no data."""
         if self.calibration is not None:
             return self.calibration.states(layer.attention.layer, plane)
-        return tuple(transform.fit({}) for transform in layer.plane(plane).transforms)
+        return tuple(part.fit({}) for part in layer.plane(plane).parts)
 
     def pack(self, weight: WeightPlan) -> Payload:
         """Encode one linear layer: with the calibrated codes, or by its solver from the weight alone."""

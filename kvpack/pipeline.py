@@ -20,6 +20,7 @@ from kvpack.recipe.plan import Plan
 
 if TYPE_CHECKING:
     from kvpack.artifact.writer import ArtifactWriter
+    from kvpack.calibrate.data import Samples
     from kvpack.calibrate.store import Calibration
 
 SHARD_BYTES = 4_000_000_000
@@ -81,21 +82,25 @@ def calibrate(
 def _calibrate(
     plan: Plan, out: Path, hashes: Mapping[str, str], force: bool, access: Access, progress: Progress
 ) -> Calibration:
-    from kvpack.calibrate.data import draw
     from kvpack.calibrate.sequential import calibrate as run
-    from kvpack.models.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(plan.model, trust_remote_code=access.trust_remote_code)
-    samples = draw(plan.recipe.recipe.calibration, tokenizer, allow_download=access.allow_download)
     return run(
         plan,
-        samples,
+        _samples(plan, access),
         out,
         hashes=hashes,
         force=force,
         trust_remote_code=access.trust_remote_code,
         progress=progress,
     )
+
+
+def _samples(plan: Plan, access: Access) -> Samples:
+    from kvpack.calibrate.data import draw
+    from kvpack.models.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(plan.model, trust_remote_code=access.trust_remote_code)
+    return draw(plan.recipe.recipe.calibration, tokenizer, allow_download=access.allow_download)
 
 
 def export(
@@ -152,7 +157,8 @@ def _calibrated(
 
     if given is not None:
         calibration = Calibration.open(given)
-        calibration.matches(plan, hashes)
+        calibration.matches(plan, hashes)  # before the text is read: names what differs at once
+        calibration.matches(plan, hashes, _samples(plan, access).tokens_sha256)
         yield calibration
     elif needs_calibration(plan):
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.calibration-", dir=out.parent) as scratch:
@@ -198,7 +204,12 @@ def _write(
 
 
 def _config(plan: Plan) -> dict[str, Any]:
-    """The source's config.json, marked so that transformers asks kvpack to load it."""
+    """The source's config.json, marked so that transformers asks kvpack to load it.
+
+    It states the dtype: where the source's does not, transformers would take that of some scale.
+    """
     config: dict[str, Any] = json.loads((plan.model.path / "config.json").read_text(encoding="utf-8"))
+    if not (config.get("dtype") or config.get("torch_dtype")):
+        config["dtype"] = plan.model.dtype
     config["quantization_config"] = {"quant_method": "kvpack", "format_version": FORMAT_VERSION}
     return config

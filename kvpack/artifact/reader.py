@@ -214,9 +214,9 @@ def _check_parts(manifest: Manifest, path: Path) -> None:
         state_name(layer.attention.layer, name, i, state): spec
         for layer in manifest.kv
         for name, plane in (("key", layer.key), ("value", layer.value))
-        for i, states in enumerate(() if plane.folded else plane.states)
+        for i, states in plane.online_states().items()
         for state, spec in states.items()
     }
     stated = manifest.kv_state
     if expected.keys() != stated.keys() or any(not stated[n].matches(s) for n, s in expected.items()):
-        raise ArtifactError("kv_state: not the states of the KV transforms", where=str(path))
+        raise ArtifactError("kv_state: not the states of the KV parts", where=str(path))

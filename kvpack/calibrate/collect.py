@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from kvpack.calibrate.stats import Accumulator, accumulator
-from kvpack.core.roles import Transform
 from kvpack.core.types import Site, Stat, State
+from kvpack.recipe.plan import PlanePlan
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -65,14 +65,17 @@ class InputStats:
 
 
 class Chain:
-    """The transforms of one plane of one layer, fitted one after another.
+    """The transforms and the codec of one plane of one layer, fitted one after another.
 
-    A transform's statistics are those of the tensor it would receive, so it can be measured only
-    when all transforms before it are fitted. Transforms without statistics are fitted at once.
+    A part's statistics are those of the tensor it would receive, so it can be measured only when
+    all parts before it are fitted. Parts without statistics are fitted at once. Set `folded` when
+    the transforms have become part of the weights: what is seen then has passed them already.
     """
 
-    def __init__(self, transforms: Sequence[Transform], at: Site) -> None:
-        self.transforms, self._at = tuple(transforms), at
+    def __init__(self, plane: PlanePlan, at: Site) -> None:
+        self.transforms, self._at = plane.transforms, at
+        self._parts = plane.parts
+        self.folded = False
         self.states: list[State] = []
         self._open: dict[str, Accumulator] = {}
         self._advance()
@@ -80,13 +83,18 @@ class Chain:
     @property
     def passes(self) -> int:
         """How many passes over the data are still needed."""
-        return sum(bool(t.requires()) for t in self.transforms[len(self.states) :])
+        return sum(bool(part.requires()) for part in self._parts[len(self.states) :])
+
+    @property
+    def transforms_fitted(self) -> bool:
+        """Whether every transform has its state."""
+        return len(self.states) >= len(self.transforms)
 
     def see(self, x: Tensor) -> None:
-        """Measure keys or values [B, K, T, D] for the first transform that is not fitted."""
+        """Measure keys or values [B, K, T, D] for the first part that is not fitted."""
         if not self._open:
             return
-        for transform, state in zip(self.transforms, self.states, strict=False):
+        for transform, state in () if self.folded else zip(self.transforms, self.states, strict=False):
             x = transform.forward(x, state, self._at)
         for found in self._open.values():
             found.update(x)
@@ -95,13 +103,13 @@ class Chain:
         """The pass is over: fit what was measured, and what follows it without statistics."""
         if self._open:
             stats = {kind: found.state() for kind, found in self._open.items()}
-            self.states.append(self.transforms[len(self.states)].fit(stats))
+            self.states.append(self._parts[len(self.states)].fit(stats))
             self._advance()
 
     def _advance(self) -> None:
         self._open = {}
-        for transform in self.transforms[len(self.states) :]:
-            if transform.requires():
-                self._open = {stat.kind: accumulator(stat.kind) for stat in transform.requires()}
+        for part in self._parts[len(self.states) :]:
+            if part.requires():
+                self._open = {stat.kind: accumulator(stat.kind) for stat in part.requires()}
                 return
-            self.states.append(transform.fit({}))
+            self.states.append(part.fit({}))

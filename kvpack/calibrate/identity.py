@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kvpack.core.roles import Codec
 from kvpack.recipe.build import to_mapping
-from kvpack.recipe.plan import Plan
+from kvpack.recipe.plan import Plan, PlanePlan
 
 Identity = dict[str, Any]
 
@@ -18,13 +19,13 @@ def needs_calibration(plan: Plan) -> bool:
     """Whether any part of the plan asks for statistics."""
     solvers = any(w.solver.requires() for w in plan.weights.values())
     planes = [p for layer in plan.kv for p in (layer.key, layer.value)]
-    return solvers or any(t.requires() for p in planes for t in p.transforms)
+    return solvers or any(part.requires() for p in planes for part in p.parts)
 
 
 def identity(plan: Plan, hashes: Mapping[str, str]) -> Identity:
     """Fields that must agree before a calibration serves a plan.
 
-    The codecs and policies of the cache are absent: they change nothing that is calibrated.
+    Policies and codecs of the cache that learn nothing are absent: they change no result.
 
     Args:
         plan: the recipe applied to the model.
@@ -35,7 +36,7 @@ def identity(plan: Plan, hashes: Mapping[str, str]) -> Identity:
     kv = [
         [
             x.attention.layer,
-            *([to_mapping(t) for t in p.transforms] for p in (x.key, x.value)),
+            *([to_mapping(t) for t in (*p.transforms, *_learning(p))] for p in (x.key, x.value)),
             [x.key.folded, x.value.folded],
         ]
         for x in plan.kv
@@ -49,6 +50,10 @@ def identity(plan: Plan, hashes: Mapping[str, str]) -> Identity:
         "weight parts": _digest(weights),
         "kv_cache transforms": _digest(kv),
     }
+
+
+def _learning(plane: PlanePlan) -> tuple[Codec, ...]:
+    return (plane.codec,) if plane.codec.requires() else ()
 
 
 def data_name(spec: str) -> str:

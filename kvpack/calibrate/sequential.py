@@ -27,7 +27,7 @@ from kvpack.models.fold import fold_value
 from kvpack.models.rope import rope_of
 from kvpack.models.view import ModelView
 from kvpack.models.weights import SourceReader
-from kvpack.recipe.plan import KVLayerPlan, Plan, WeightPlan
+from kvpack.recipe.plan import PLANES, KVLayerPlan, Plan, WeightPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,7 +135,7 @@ class _Run:
         self.view.load_block(layer, self.reader, torch.float32)
         weights, kv = self._weights(layer), self.kv.get(layer)
         if kv is not None and kv.value.folded:
-            while chains["value"].passes:
+            while not chains["value"].transforms_fitted:
                 self._pass(layer, chains, InputStats({}), keep=False)
             self._fold(kv, chains["value"])
         inputs = InputStats({n: w.solver.requires() for n, w in weights.items()})
@@ -161,7 +161,7 @@ class _Run:
         if any(t.needs_rope for p in (kv.key, kv.value) for t in p.transforms):
             rope = rope_of(self.view.model, self.view.attention(layer))
         at = Site(layer, rope, positions, kv.attention.kv_heads)
-        return {"key": Chain(kv.key.transforms, at), "value": Chain(kv.value.transforms, at)}
+        return {plane: Chain(kv.plane(plane), at) for plane in PLANES}
 
     def _pass(self, layer: int, chains: Mapping[Plane, Chain], inputs: InputStats, *, keep: bool) -> None:
         """Run every sample through a block; with `keep` its outputs replace the hidden states."""
@@ -195,7 +195,9 @@ class _Run:
         a = kv.attention
         names = [f"{a.value.linear}.weight", f"{a.value.linear}.bias", f"{a.output.linear}.weight"]
         tensors = {n: self.reader.read(n) for n in names if n in self.plan.model.tensors}
-        folded = fold_value(a, tensors, chain.transforms, chain.states)
+        states = chain.states[: len(chain.transforms)]
+        folded = fold_value(a, tensors, chain.transforms, states)
+        chain.folded = True
         self.view.fill({n: t.to(tensors[n].dtype) for n, t in folded.items()}, torch.float32)
 
     def _solve(self, weights: Mapping[str, WeightPlan], inputs: InputStats) -> None:

@@ -67,10 +67,10 @@ def _table(done: Demo, recipe: str) -> Any:
     rows += [("bits per weight, all tensors", f"{source_bits:.2f}", f"{found.bits_per_weight:.2f}")]
     if done.plan.weights:
         rows += [("bits per weight, packed layers", f"{source_bits:.2f}", f"{weights.packed_bits:.2f}")]
-    if found.kv_bits_per_element is not None and found.kv_bytes is not None:
-        dense = found.kv_bytes * source_bits / found.kv_bits_per_element
-        rows += [("KV bytes, measured", human_bytes(dense), human_bytes(found.kv_bytes))]
-        rows += [("KV bits per element, measured", f"{source_bits:.2f}", f"{found.kv_bits_per_element:.2f}")]
+    if found.kv_bits_per_element is not None and found.kv_bytes_per_token is not None:
+        dense = done.plan.model.kv_bytes_per_token()
+        rows += [("KV bytes per token", human_bytes(dense), human_bytes(found.kv_bytes_per_token))]
+        rows += [("KV bits per element", f"{source_bits:.2f}", f"{found.kv_bits_per_element:.2f}")]
     for name, scores in found.packed.items():
         source = "" if found.source is None else f"{found.source.perplexity:.3f}"
         rows += [(f"perplexity ({name})", source, f"{scores.perplexity:.3f}")]

@@ -76,7 +76,7 @@ def evaluation_data(found: Evaluation) -> dict[str, Any]:
         "source": found.source,
         "packed": {name: found.metrics(name) for name in found.packed},
         "kv_bits_per_element": found.kv_bits_per_element,
-        "kv_bytes": found.kv_bytes,
+        "kv_bytes_per_token": found.kv_bytes_per_token,
         "bits_per_weight": found.bits_per_weight,
     }
 
@@ -91,9 +91,9 @@ def evaluation_lines(found: Evaluation) -> list[Any]:
         table(columns, rows, right=columns[1:]),
         f"weights: {found.bits_per_weight:.2f} bits each, everything counted",
     ]
-    if found.kv_bits_per_element is not None and found.kv_bytes is not None:
-        held = f"{human_bytes(found.kv_bytes)} held at the end of the last chunk"
-        lines.append(f"KV cache: {found.kv_bits_per_element:.2f} bits per element measured, {held}")
+    if found.kv_bits_per_element is not None and found.kv_bytes_per_token is not None:
+        held = f"{human_bytes(found.kv_bytes_per_token)} per token, measured after each chunk"
+        lines.append(f"KV cache: {found.kv_bits_per_element:.2f} bits per element, {held}")
     return lines
 
 

@@ -39,12 +39,16 @@ class Lock:
                 # An earlier owner may have removed the file between our open and our lock; the
                 # lock would then be on a file that the next writer does not see.
                 if self._is_current(descriptor):
-                    os.ftruncate(descriptor, 0)
-                    os.write(descriptor, str(os.getpid()).encode())
                     self._descriptor = descriptor
             finally:
                 if not self.held:
                     os.close(descriptor)
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.write(self._descriptor, str(os.getpid()).encode())
+        except OSError:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Remove the file and let go of it."""

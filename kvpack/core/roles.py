@@ -30,6 +30,10 @@ class Part:
         """Turn the statistics of one layer into this part's state for it."""
         return {}
 
+    def state_spec(self, shape: Shape) -> dict[str, TensorSpec]:
+        """Shapes of the state that `fit` returns for an input [..., K, T, D]; empty by default."""
+        return {}
+
 
 class Transform(Part, ABC):
     """A change of basis in which the channels are easier to compress.
@@ -48,10 +52,6 @@ class Transform(Part, ABC):
     def shape(self, shape: Shape) -> Shape:
         """Shape of `forward`'s output for an input of `shape`; unchanged by default."""
         return shape
-
-    def state_spec(self, shape: Shape) -> dict[str, TensorSpec]:
-        """Shapes of the state that `fit` returns for an input [..., K, T, D]; empty by default."""
-        return {}
 
     @abstractmethod
     def forward(self, x: Tensor, state: State, at: Site) -> Tensor:

@@ -112,8 +112,7 @@ class Rope(Protocol):
 class Site:
     """Where a transform runs: the layer, and what is known of the tokens in its input.
 
-    `kv_heads` is K of the plane that enters the chain of transforms; a transform that merged heads
-    reads it to restore them.
+    `kv_heads` is K of the transform's own input; one that merged heads reads it to restore them.
     """
 
     layer: int

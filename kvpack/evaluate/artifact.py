@@ -13,7 +13,11 @@ from kvpack.evaluate.scores import Evaluation
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What to score on, and how much of it."""
+    """What to score on, and how much of it.
+
+    Rows of a .jsonl file are scored apart, each up to `context_tokens`; all other texts are joined
+    by blank lines and cut into chunks.
+    """
 
     data: str = "builtin:stdlib"
     context_tokens: int = 1024
@@ -60,7 +64,8 @@ def evaluate(
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     context = min(settings.context_tokens, longest or settings.context_tokens)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    pieces = chunks(text.documents, tokenizer, context, settings.max_tokens)
+    documents = text.documents if settings.data.endswith(".jsonl") else ("\n\n".join(text.documents),)
+    pieces = chunks(documents, tokenizer, context, settings.max_tokens)
     measured = measure(
         model,
         reference,
@@ -79,6 +84,6 @@ def evaluate(
         packed=measured.packed,
         bits_per_weight=manifest.totals.bits_per_weight,
         source=measured.source,
-        kv_bits_per_element=None if measured.cache is None else measured.cache.bits_per_element(),
-        kv_bytes=None if measured.cache is None else measured.cache.nbytes,
+        kv_bits_per_element=8 * measured.kv_bytes / measured.kv_elements if manifest.kv else None,
+        kv_bytes_per_token=measured.kv_bytes / measured.kv_tokens if manifest.kv else None,
     )

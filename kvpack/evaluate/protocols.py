@@ -22,11 +22,17 @@ NewCache = Callable[[bool], Any]
 
 @dataclass(frozen=True)
 class Measured:
-    """Scores by protocol, the source's, and the cache of the last chunk that was decoded."""
+    """Scores by protocol, the source's, and what the caches held, summed over all chunks.
+
+    `kv_bytes`, `kv_elements` and `kv_tokens` are of the caches as they stood after each chunk of
+    the last protocol; 0 without a KV scheme.
+    """
 
     packed: dict[str, Scores]
     source: Scores | None
-    cache: Any
+    kv_bytes: int = 0
+    kv_elements: int = 0
+    kv_tokens: int = 0
 
 
 def chunks(documents: Sequence[str], tokenizer: Any, context_tokens: int, limit_tokens: int) -> list[Tensor]:
@@ -99,7 +105,8 @@ def measure(
 
     names: Sequence[str] = protocols if new_cache is not None else ("weights",)
     reference, tallies = Tally(), {name: Tally() for name in names}
-    done, total, cache = 0, sum(len(p) for p in pieces), None
+    held = [0, 0, 0]
+    done, total = 0, sum(len(p) for p in pieces)
     with torch.inference_mode():
         for ids in batches(pieces, batch):
             progress("evaluate", done, total)
@@ -107,14 +114,15 @@ def measure(
             if exact is not None:
                 reference.add(exact, ids[:, 1:])
             for name, tally in tallies.items():
-                logits, used = _run(packed, ids, name, new_cache, step_tokens)
+                logits, cache = _run(packed, ids, name, new_cache, step_tokens)
                 tally.add(logits[:, :-1], ids[:, 1:], exact)
-                cache = used if name != "prefill" else cache
+                if cache is not None and name == names[-1]:
+                    now = (cache.nbytes, cache.elements, ids.numel())
+                    held = [a + b for a, b in zip(held, now, strict=True)]
             done += ids.numel()
     progress("evaluate", total, total)
-    return Measured(
-        {n: t.scores() for n, t in tallies.items()}, None if source is None else reference.scores(), cache
-    )
+    packed_scores = {name: tally.scores() for name, tally in tallies.items()}
+    return Measured(packed_scores, None if source is None else reference.scores(), *held)
 
 
 def _run(

@@ -29,8 +29,8 @@ class Evaluation:
     """Scores of a packed model and of its source on the same text, from one run.
 
     `tokens` were scored in chunks of at most `context_tokens`. `kv_bits_per_element` and
-    `kv_bytes` are measured on the cache of the last chunk, everything stored counted; None
-    without a KV scheme. `bits_per_weight` counts all weight tensors.
+    `kv_bytes_per_token` are measured on the caches after each chunk, everything stored counted;
+    None without a KV scheme. `bits_per_weight` counts all weight tensors.
     """
 
     text: str
@@ -41,7 +41,7 @@ class Evaluation:
     bits_per_weight: float
     source: Scores | None = None
     kv_bits_per_element: float | None = None
-    kv_bytes: int | None = None
+    kv_bytes_per_token: float | None = None
 
     def metrics(self, protocol: str) -> dict[str, float]:
         """The numbers that a gate may name, for one protocol."""

@@ -110,11 +110,11 @@ def prepare(model: Any, artifact: Artifact) -> None:
         )
 
 
-def finish(model: Any, artifact: Artifact, dtype: torch.dtype | None) -> None:
+def finish(model: Any, artifact: Artifact, dtype: torch.dtype) -> None:
     """Give a loaded model its computation dtype and its compressed cache."""
     for parameter in model.parameters():
         # Parameters only: rotary frequencies and scales are buffers, and keep their precision.
-        if dtype is not None and parameter.is_floating_point():
+        if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     if artifact.manifest.kv:
         install(model, artifact.manifest.kv, artifact.kv_state())

@@ -33,6 +33,11 @@ class KvpackQuantizer(HfQuantizer):
 
     requires_calibration = True
 
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Take note of the computation dtype: no later step of loading is told of it."""
+        self.dtype = dtype
+        return dtype
+
     def update_attn_implementation(self, config: Any) -> Any:
         """Point transformers at the artifact's shards, which it would not find by their names.
 
@@ -46,14 +51,13 @@ class KvpackQuantizer(HfQuantizer):
         del converter, param, dtype
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, dtype: Any = None, **_: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         from kvpack.artifact.reader import Artifact
         from kvpack.loading.load import prepare
 
         if not checkpoint_files:
             raise ArtifactError("no weights were found", hint="give the artifact's folder")
-        self.dtype = dtype
         self.artifact = Artifact.open(Path(checkpoint_files[0]).parent)
         prepare(model, self.artifact)
 

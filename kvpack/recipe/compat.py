@@ -50,6 +50,12 @@ def check_fold(plane: Plane, transforms: tuple[Transform, ...], attention: Atten
             why="RoPE is applied between the projection and the cache",
             hint="remove `fold: true`; the transform then runs as tokens are stored",
         )
+    if not attention.value_linear:
+        raise RecipeError(
+            "value transforms cannot be folded in this model",
+            why=f"a norm or gate stands between values and output projection of {attention.module}",
+            hint="set kv_cache.value.fold=false; the transform then runs as tokens are stored",
+        )
     shape = (1, attention.kv_heads, 1, attention.head_dim)
     for transform in transforms:
         if not transform.linear or type(transform).dual is Transform.dual:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kvpack.core.model_spec import AttentionSpec, LinearSpec, ModelSpec
-from kvpack.core.roles import Codec, Plane, Solver, TierPolicy, Transform
+from kvpack.core.roles import Codec, Part, Plane, Solver, TierPolicy, Transform
 from kvpack.core.types import Shape, TensorSpec
 from kvpack.recipe.recipe import LoadedRecipe
 
@@ -40,7 +40,10 @@ class DroppedTensor:
 
 @dataclass(frozen=True)
 class PlanePlan:
-    """Keys or values of one layer: transforms, whether they are folded, and the codec."""
+    """Keys or values of one layer: transforms, whether they are folded, and the codec.
+
+    `states` are the tensors that each transform, and last the codec, learns from calibration.
+    """
 
     transforms: tuple[Transform, ...]
     folded: bool
@@ -48,9 +51,19 @@ class PlanePlan:
     states: tuple[Mapping[str, TensorSpec], ...]
 
     @property
+    def parts(self) -> tuple[Part, ...]:
+        """Transforms and codec, in the order in which tokens pass them."""
+        return (*self.transforms, self.codec)
+
+    @property
     def online(self) -> tuple[Transform, ...]:
         """Transforms that run at inference time."""
         return () if self.folded else self.transforms
+
+    def online_states(self) -> dict[int, Mapping[str, TensorSpec]]:
+        """States that are needed at inference time, by the part's place in the chain."""
+        first = len(self.transforms) if self.folded else 0
+        return {i: self.states[i] for i in range(first, len(self.parts))}
 
     def coded_shape(self, shape: Shape) -> Shape:
         """Shape [B, K', T, D'] that the codec sees for a plane of `shape` [B, K, T, D]."""
@@ -118,12 +131,11 @@ class Plan:
         return {name: tensors[name] for name in sorted(tensors, key=order)}
 
     def kv_state_tensors(self) -> dict[str, TensorSpec]:
-        """State of the KV transforms: ``layers.<l>.<plane>.<i>.<name>``; folded ones hold none."""
+        """State of the KV parts: ``layers.<l>.<plane>.<i>.<name>``; folded transforms hold none."""
         tensors: dict[str, TensorSpec] = {}
         for layer in self.kv:
             for plane in PLANES:
-                side = layer.plane(plane)
-                for i, state in enumerate(side.states if not side.folded else ()):
+                for i, state in layer.plane(plane).online_states().items():
                     tensors.update(
                         {state_name(layer.attention.layer, plane, i, n): s for n, s in state.items()}
                     )
@@ -131,5 +143,5 @@ class Plan:
 
 
 def state_name(layer: int, plane: str, index: int, name: str) -> str:
-    """Name under which a KV transform's state is stored in calibrations and artifacts."""
+    """Name of a KV part's state in calibrations and artifacts; `index` is its place in the chain."""
     return f"layers.{layer}.{plane}.{index}.{name}"

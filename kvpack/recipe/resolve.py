@@ -146,6 +146,7 @@ def _plane(
     if recipe.fold:
         compat.check_fold(plane, recipe.transforms, attention)
     codec.spec(shape, model.dtype)  # refuses here what it cannot encode
+    states.append(codec.state_spec(shape))
     return PlanePlan(recipe.transforms, recipe.fold, codec, tuple(states))
 
 

@@ -12,18 +12,16 @@ from transformers.cache_utils import Cache
 from kvpack.core.errors import UsageError
 from kvpack.core.roles import Plane
 from kvpack.core.types import Rope, State
-from kvpack.recipe.plan import KVLayerPlan, state_name
+from kvpack.recipe.plan import PLANES, KVLayerPlan, state_name
 from kvpack.runtime.layer import KVPackLayer
 from kvpack.runtime.tokens import TokenTrack
-
-PLANES: tuple[Plane, ...] = ("key", "value")
 
 
 @dataclass(frozen=True)
 class KVScheme:
     """Everything a cache of one model is made from; shared by its caches.
 
-    `plans` holds one plan per layer, `states` the tensors of the online transforms under the names
+    `plans` holds one plan per layer, `states` the tensors of online transforms and codecs under the names
     of `kvpack.recipe.plan.state_name`, `ropes` the rotary embedding of each layer that needs it.
 
     Raises:
@@ -48,17 +46,15 @@ class KVScheme:
         return [
             state_name(plan.attention.layer, plane, i, name)
             for plane in PLANES
-            for i, specs in enumerate(() if plan.plane(plane).folded else plan.plane(plane).states)
+            for i, specs in plan.plane(plane).online_states().items()
             for name in specs
         ]
 
     def states_of(self, plan: KVLayerPlan, plane: Plane) -> tuple[State, ...]:
-        """State of every online transform of a plane, in order."""
-        side = plan.plane(plane)
-        names = side.states if side.online else ()
+        """State of every online transform of a plane, in order, and last of its codec."""
         return tuple(
             {n: self.states[state_name(plan.attention.layer, plane, i, n)] for n in specs}
-            for i, specs in enumerate(names)
+            for i, specs in plan.plane(plane).online_states().items()
         )
 
     @property

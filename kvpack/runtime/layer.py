@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kvpack.core.errors import UsageError
 from kvpack.core.roles import Plane
 from kvpack.core.types import CacheView, Rope, Site, State
-from kvpack.recipe.plan import KVLayerPlan
+from kvpack.recipe.plan import PLANES, KVLayerPlan
 from kvpack.runtime.overlay import Overlay
 from kvpack.runtime.plane import PlaneCache
 from kvpack.runtime.tokens import TokenTrack
@@ -23,7 +23,7 @@ class KVPackLayer(CacheLayerMixin):
 
     Args:
         plan: transforms, codecs and policy.
-        states: state of the online transforms of each plane, in order.
+        states: state of the online transforms of each plane, in order, and of its codec.
         rope: the layer's rotary embedding, for transforms that need it.
         track: positions and padding, shared by the layers of a cache.
         exact_prefill: see `KVPackCache`.
@@ -53,11 +53,8 @@ class KVPackLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take batch, dtype and device from the first keys and values [B, K, T, D]."""
         site = Site(self.plan.attention.layer, self._rope, None, key_states.shape[1])
-        for plane, like in (("key", key_states), ("value", value_states)):
-            name: Plane = "key" if plane == "key" else "value"
-            states = [
-                {n: t.to(like.device) for n, t in state.items()} for state in self._states.get(name, ())
-            ]
+        for name, like in zip(PLANES, (key_states, value_states), strict=True):
+            states = [{n: t.to(like.device) for n, t in state.items()} for state in self._states[name]]
             self._planes[name] = PlaneCache(self.plan.plane(name), states, site, like)
         self._overlay = Overlay(key_states)
         self.batch_size = key_states.shape[0]

@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvpack.core.types import Payload, Site, State
+from kvpack.core.roles import Transform
+from kvpack.core.types import Payload, Shape, Site, State
 from kvpack.recipe.plan import PlanePlan
 from kvpack.runtime.overlay import Overlay
 from kvpack.runtime.store import BlockStore
@@ -27,17 +28,21 @@ class PlaneCache:
 
     Args:
         plan: transforms and codec.
-        states: state of each online transform, in order.
-        site: layer, rotary embedding and kv heads for the transforms.
+        states: state of each online transform, in order, and of the codec.
+        site: layer and rotary embedding for the transforms.
         like: a plane [B, K, T, D] whose shape but T, dtype and device are taken.
     """
 
     def __init__(self, plan: PlanePlan, states: Sequence[State], site: Site, like: Tensor) -> None:
         batch, heads, _, channels = like.shape
         self.codec, self.block = plan.codec, plan.codec.token_block
-        self.transforms = tuple(zip(plan.online, states, strict=True))
-        self.site = site
-        self.coded = plan.coded_shape((batch, heads, self.block, channels))
+        *transform_states, self.codec_state = states
+        shape: Shape = (batch, heads, self.block, channels)
+        self.transforms: list[tuple[Transform, State, Site]] = []
+        for transform, state in zip(plan.online, transform_states, strict=True):
+            self.transforms.append((transform, state, replace(site, kv_heads=shape[1])))
+            shape = transform.shape(shape)
+        self.coded = shape
         specs = plan.codec.spec(self.coded, str(like.dtype).removeprefix("torch."))
         self.store = BlockStore(specs, self.block, like.device)
         self.tail = like.new_empty((batch, heads, 0, channels))
@@ -81,14 +86,16 @@ class PlaneCache:
 
     def _encode(self, start: int, stop: int, tokens: TokenTrack, overlay: Overlay) -> None:
         x = self.tail[:, :, start - self.tail_start : stop - self.tail_start]
-        site = replace(self.site, positions=tokens.positions_of(start, stop))
-        for transform, state in self.transforms:
-            x = transform.forward(x, state, site)
+        positions = tokens.positions_of(start, stop)
+        for transform, state, site in self.transforms:
+            x = transform.forward(x, state, replace(site, positions=positions))
         valid = tokens.valid_of(start, stop)
         protected = overlay.mask(x.shape[0], start, stop)
         if protected is not None:
             valid = ~protected if valid is None else valid & ~protected
-        payload = self.codec.encode(x, {}, None if valid is None or bool(valid.all()) else valid)
+        payload = self.codec.encode(
+            x, self.codec_state, None if valid is None or bool(valid.all()) else valid
+        )
         self.store.append(payload.tensors, stop - start)
 
     def read(self, out: Tensor, start: int, tokens: TokenTrack) -> None:
@@ -97,11 +104,11 @@ class PlaneCache:
         for piece in self.store.pieces(at - (self.boundary - self.store.tokens), self._piece_tokens):
             stop = at + piece.stop - piece.start
             shape = (*self.coded[:2], piece.tokens, self.coded[3])
-            x = self.codec.decode(Payload(piece.tensors, shape), {}, self._decoded_dtype)
+            x = self.codec.decode(Payload(piece.tensors, shape), self.codec_state, self._decoded_dtype)
             x = x[:, :, piece.start : piece.stop]
-            site = replace(self.site, positions=tokens.positions_of(at, stop))
-            for transform, state in reversed(self.transforms):
-                x = transform.inverse(x, state, site)
+            positions = tokens.positions_of(at, stop)
+            for transform, state, site in reversed(self.transforms):
+                x = transform.inverse(x, state, replace(site, positions=positions))
             out[:, :, at - start : stop - start] = x
             at = stop
         tail = self.tail[:, :, max(0, start - self.tail_start) :]

@@ -65,8 +65,8 @@ def specs_of(made: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
 def kv_layer() -> KVLayerPlan:
     shape = (1, 2, 1, 4)
     reorder = ChannelReorder()
-    key = PlanePlan((reorder,), False, KV_CODEC, (reorder.state_spec(shape),))
-    return KVLayerPlan(ATTENTION, key, PlanePlan((), False, KV_CODEC, ()), SinkRecent(recent_tokens=8))
+    key = PlanePlan((reorder,), False, KV_CODEC, (reorder.state_spec(shape), {}))
+    return KVLayerPlan(ATTENTION, key, PlanePlan((), False, KV_CODEC, ({},)), SinkRecent(recent_tokens=8))
 
 
 def kv_state() -> dict[str, Tensor]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,19 @@ from safetensors.torch import load_file, save_file
 
 import kvpack
 from kvpack import pipeline
-from tests.recipes.checks import check_accounting, check_everything, check_loaded, same_bits, source_tensors
-from tests.recipes.conftest import Made, Make, MakeSource
+from tests.recipes.checks import (
+    check_accounting,
+    check_bytes,
+    check_cache,
+    check_copied,
+    check_everything,
+    check_generation,
+    check_loaded,
+    check_logits,
+    same_bits,
+    source_tensors,
+)
+from tests.recipes.conftest import SMALL, Made, Make, MakeSource
 from tests.tiny_models import FAMILIES
 
 RECIPES = ("rotatekv", "kivi", "w4", "w4@rtn")
@@ -42,16 +56,11 @@ def test_tied_embeddings_are_stored_once(family: str, make: Make, prompt: torch.
     check_everything(made, prompt)
 
 
-def _both_tied_tensors(source: Path, folder: Path, *, kept: tuple[str, ...]) -> Path:
-    """A copy of a tied checkpoint that holds `kept` of the two names."""
-    names = ("lm_head.weight", "model.embed_tokens.weight")
-    folder.mkdir()
-    for file in source.iterdir():
-        if file.suffix != ".safetensors":
-            (folder / file.name).write_bytes(file.read_bytes())
+def _rewritten(source: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A copy of an unsharded checkpoint with other tensors."""
+    shutil.copytree(source, folder)
     tensors = load_file(source / "model.safetensors")
-    shared = tensors.pop(names[1])
-    tensors.update({name: shared.clone() for name in kept})
+    change(tensors)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -60,7 +69,11 @@ def test_tied_checkpoint_that_holds_both(
     make_source: MakeSource, make: Make, tmp_path: Path, prompt: torch.Tensor
 ) -> None:
     names = ("lm_head.weight", "model.embed_tokens.weight")
-    source = _both_tied_tensors(make_source("llama", tied=True), tmp_path / "source", kept=names)
+
+    def double(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[names[0]] = tensors[names[1]].clone()
+
+    source = _rewritten(make_source("llama", tied=True), tmp_path / "source", double)
     plan = pipeline.make_plan(source, "w8")
     assert [(d.name, d.reason) for d in plan.dropped] == [(names[0], f"tied to {names[1]}, stored once")]
     made = Made(source, plan, pipeline.export(plan, tmp_path / "out").path)
@@ -72,8 +85,11 @@ def test_tied_checkpoint_that_holds_both(
 def test_tied_checkpoint_that_holds_the_head_only(
     make_source: MakeSource, tmp_path: Path, prompt: torch.Tensor
 ) -> None:
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
     source = make_source("llama", tied=True)
-    head_only = _both_tied_tensors(source, tmp_path / "source", kept=("lm_head.weight",))
+    head_only = _rewritten(source, tmp_path / "source", rename)
     plan = pipeline.make_plan(head_only, "w8")
     made = Made(source, plan, pipeline.export(plan, tmp_path / "out").path)
     check_accounting(made)
@@ -98,14 +114,12 @@ def test_shards_in_and_out(family: str, make: Make, prompt: torch.Tensor) -> Non
 def test_buffers_of_old_checkpoints_are_dropped_with_a_reason(
     make_source: MakeSource, tmp_path: Path
 ) -> None:
-    source = make_source("llama")
-    folder = tmp_path / "source"
-    folder.mkdir()
-    for file in source.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
     buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    tensors = {**load_file(source / "model.safetensors"), buffer: torch.ones(8)}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[buffer] = torch.ones(8)
+
+    folder = _rewritten(make_source("llama"), tmp_path / "source", add)
     plan = pipeline.make_plan(folder, "kivi")
     assert [d.name for d in plan.dropped] == [buffer]
     made = Made(folder, plan, pipeline.export(plan, tmp_path / "out").path)
@@ -126,3 +140,44 @@ def test_computation_in_another_dtype(make: Make, prompt: torch.Tensor) -> None:
         full = made.load()(prompt, use_cache=False).logits
     assert half.dtype == torch.bfloat16
     assert (half.float() - full).norm() < 0.05 * full.norm()
+
+
+def _config_dtype(folder: Path, dtype: str | None) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = dtype
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def test_configuration_without_dtype(make_source: MakeSource, tmp_path: Path, prompt: torch.Tensor) -> None:
+    """The dtype is then the weights'; a packed artifact must not take that of its scales."""
+    source = tmp_path / "source"
+    shutil.copytree(make_source("llama", dtype="bfloat16"), source)
+    _config_dtype(source, None)
+    plan = pipeline.make_plan(source, "rotatekv-w4", SMALL)
+    made = Made(source, plan, pipeline.export(plan, tmp_path / "out").path)
+    assert made.load().dtype == torch.bfloat16
+    check_everything(made, prompt)
+
+
+def test_weights_of_another_dtype_than_the_model_runs_in(
+    make_source: MakeSource, tmp_path: Path, prompt: torch.Tensor
+) -> None:
+    """They are copied as they are stored, and cast when they are loaded, as transformers does."""
+    source = tmp_path / "source"
+    shutil.copytree(make_source("llama"), source)
+    _config_dtype(source, "bfloat16")
+    plan = pipeline.make_plan(source, "rotatekv-w4", SMALL)
+    made = Made(source, plan, pipeline.export(plan, tmp_path / "out").path)
+    model = made.load()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    check_bytes(made)
+    check_copied(made)
+    check_logits(made, model, prompt)
+    check_cache(made, model, prompt)
+    check_generation(made, model, prompt)
+
+
+def test_a_packed_model_is_not_saved_by_transformers(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="kvpack"):
+        make("w8").load().save_pretrained(tmp_path / "saved")
+    assert not list(tmp_path.rglob("*.safetensors"))

@@ -12,6 +12,7 @@ from kvpack.parts.policies.sink_detect import SinkDetect
 from kvpack.parts.policies.sink_recent import SinkRecent
 from kvpack.parts.transforms.hadamard import Hadamard
 from kvpack.parts.transforms.unrope import Unrope
+from kvpack.report import kv_bytes
 from kvpack.runtime.cache import KVPackCache
 from kvpack.runtime.install import new_cache
 from tests.runtime.schemes import (
@@ -92,10 +93,7 @@ def test_bytes_are_what_the_plan_says(tokens: int, scheme: Scheme, dtype: torch.
     cache = new_cache(model)
     logits(model, text(tokens), cache)
     name = str(dtype).removeprefix("torch.")
-    planned = sum(plan.nbytes(tokens, 1, name) for plan in scheme.plans(model))
-    sinks = min(tokens, scheme.policy.protected_tokens()) * len(cache.layers)
-    row = 8 + 2 * 2 * 8 * dtype.itemsize
-    assert cache.nbytes == planned + sinks * row + 4 * tokens
+    assert cache.nbytes == kv_bytes(scheme.plans(model), tokens, name).total
     assert cache.bits_per_element() == 8 * cache.nbytes / (2 * 2 * 2 * 8 * tokens)
 
 
