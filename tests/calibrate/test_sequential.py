@@ -86,7 +86,7 @@ def test_states_equal_those_fitted_on_the_keys_of_the_whole_model(checkpoint, tm
         assert sorted(perm.tolist()) == list(range(len(means)))
         assert (means[perm].diff() > -1e-5).all()
         assert means.diff().lt(0).any()
-    assert done.states(0, "value") == ({},)
+    assert done.states(0, "value") == ({}, {})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

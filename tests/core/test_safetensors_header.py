@@ -80,6 +80,7 @@ BAD_HEADERS = {
     "offsets swapped": {"a": A, "b": {**B, "data_offsets": [11, 8]}},
     "three offsets": {"a": A, "b": {**B, "data_offsets": [8, 9, 11]}},
     "offset 2^64": {"a": A, "b": {**B, "data_offsets": [8, 2**64 + 11]}},
+    "offset of 4000 digits": b'{"a":{"dtype":"U8","shape":[11],"data_offsets":[0,1' + b"0" * 4000 + b"]}}",
     "float shape": {"a": {**A, "shape": [2.0]}, "b": B},
     "true shape": {"a": A, "b": {**B, "shape": [3, True]}},
     "unknown dtype": {"a": {**A, "dtype": "Q4"}, "b": B},
