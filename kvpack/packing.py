@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvpack.calibrate.store import Calibration
 from kvpack.core.errors import KvpackError
-from kvpack.core.roles import Plane
+from kvpack.core.pieces import row_pieces
+from kvpack.core.roles import Codec, Plane
 from kvpack.core.types import Payload, State
 from kvpack.models.fold import fold_value
 from kvpack.models.weights import SourceReader
@@ -78,22 +80,26 @@ class Packing:
 
     def pack(self, weight: WeightPlan) -> Payload:
         """Encode one linear layer: with the calibrated codes, or by its solver from the weight alone."""
-        import torch
-
-        matrix = self.source(weight.linear.weight).float()
+        matrix = self.source(weight.linear.weight)
         payload = self.calibration.payload(weight.linear.name) if self.calibration else None
         if payload is None:
             payload = weight.solver.solve(matrix, weight.codec, {})
         _check(weight, payload)
-        approximation = weight.codec.decode(payload, {}, torch.float32)
-        self.relative_errors[weight.linear.name] = relative_error(matrix, approximation)
+        self.relative_errors[weight.linear.name] = relative_error(matrix, weight.codec, payload)
         return payload
 
 
-def relative_error(matrix: Tensor, approximation: Tensor) -> float:
+def relative_error(matrix: Tensor, codec: Codec, payload: Payload) -> float:
     """``|W - W_hat| / |W|`` in the Frobenius norm, to six digits; 0 for a zero matrix."""
-    norm = float(matrix.double().norm())
-    return float(f"{float((matrix - approximation).double().norm()) / norm:.6g}") if norm else 0.0
+    import torch
+
+    lost = whole = 0.0
+    for start, stop in row_pieces(matrix.shape[0], matrix.shape[1], codec.token_block):
+        exact = matrix[start:stop].double()
+        decoded = codec.decode(payload.rows(start, stop), {}, torch.float32)
+        lost += float((exact - decoded).square().sum())
+        whole += float(exact.square().sum())
+    return float(f"{math.sqrt(lost / whole):.6g}") if whole else 0.0
 
 
 def _fold_targets(plan: Plan) -> Mapping[str, KVLayerPlan]:

@@ -6,7 +6,6 @@ plan -> scan -> calibrate -> pack and write -> check what was written.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,34 +134,42 @@ def export(
     from kvpack.models.scan import scan
 
     planned = sum(spec.nbytes for spec in plan.artifact_tensors().values())
+    given = None if calibration is None else _open_calibration(calibration, plan)
     with ArtifactWriter(out, force=force, planned_bytes=planned) as writer:
         hashes = scan(plan.model, progress)
-        with _calibrated(plan, calibration, hashes, out, access, progress) as measured:
+        with _calibrated(plan, given, hashes, writer, access, progress) as measured:
             manifest = _write(plan, measured, hashes, writer, shard_bytes, progress)
     return Exported(out, manifest, sum(f.stat().st_size for f in out.rglob("*") if f.is_file()))
+
+
+def _open_calibration(path: Path, plan: Plan) -> Calibration:
+    """Open a calibration and compare all but the weights, which takes no time."""
+    from kvpack.calibrate.store import Calibration
+
+    calibration = Calibration.open(path)
+    calibration.matches(plan, calibration.model_files)
+    return calibration
 
 
 @contextmanager
 def _calibrated(
     plan: Plan,
-    given: Path | None,
+    given: Calibration | None,
     hashes: Mapping[str, str],
-    out: Path,
+    writer: ArtifactWriter,
     access: Access,
     progress: Progress,
 ) -> Iterator[Calibration | None]:
     """The calibration to export with: the given one if it fits, a fresh one if one is needed."""
     from kvpack.calibrate.identity import needs_calibration
-    from kvpack.calibrate.store import Calibration
 
     if given is not None:
-        calibration = Calibration.open(given)
-        calibration.matches(plan, hashes)  # before the text is read: names what differs at once
-        calibration.matches(plan, hashes, _samples(plan, access).tokens_sha256)
-        yield calibration
+        given.matches(plan, hashes)  # before the text is read: names what differs at once
+        given.matches(plan, hashes, _samples(plan, access).tokens_sha256)
+        yield given
     elif needs_calibration(plan):
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.calibration-", dir=out.parent) as scratch:
-            yield _calibrate(plan, Path(scratch, "calibration"), hashes, False, access, progress)
+        with writer.workspace() as scratch:
+            yield _calibrate(plan, scratch / "calibration", hashes, False, access, progress)
     else:
         yield None
 

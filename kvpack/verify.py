@@ -18,6 +18,7 @@ from kvpack.core.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from kvpack.artifact.reader import Artifact
+    from kvpack.core.model_spec import ModelSpec
     from kvpack.recipe.plan import Plan
 
 PROBE_TOKENS = 256
@@ -81,8 +82,10 @@ def verify(
         return Verification(tuple(checks))
     steps: list[tuple[str, Callable[[], str]]] = [("decode", lambda: _decode(artifact[0], progress))]
     if source is not None:
-        plan = _plan(artifact[0], source, allow_download, trust_remote_code)
-        steps.append(("source", lambda: _source(artifact[0], plan, progress)))
+        from kvpack.models import open_model
+
+        model = open_model(source, allow_download=allow_download, trust_remote_code=trust_remote_code)
+        steps.append(("source", lambda: _source(artifact[0], model, progress)))
     steps.append(
         ("logits", lambda: _logits(artifact[0], source, allow_download, trust_remote_code, progress))
     )
@@ -116,32 +119,31 @@ def _decode(artifact: Artifact, progress: Progress) -> str:
     worst = max(weights, key=lambda n: weights[n].relative_error or 0.0, default=None)
     if worst is None:
         return "no packed layers"
+    progress("decode", len(weights), len(weights))
     return (
         f"{len(weights)} packed layers, largest relative error {weights[worst].relative_error:.4f} in {worst}"
     )
 
 
-def _plan(artifact: Artifact, source: str | Path, allow_download: bool, trust_remote_code: bool) -> Plan:
+def _plan(artifact: Artifact, model: ModelSpec) -> Plan:
     """The plan that the artifact was made by, from its own manifest."""
-    from kvpack.models import open_model
     from kvpack.recipe.load import from_resolved
     from kvpack.recipe.resolve import resolve
 
     record = artifact.manifest.recipe
     loaded = from_resolved(artifact.manifest.resolved_recipe, record.path, record.source, record.variant)
-    return resolve(
-        loaded, open_model(source, allow_download=allow_download, trust_remote_code=trust_remote_code)
-    )
+    return resolve(loaded, model)
 
 
-def _source(artifact: Artifact, plan: Plan, progress: Progress) -> str:
+def _source(artifact: Artifact, model: ModelSpec, progress: Progress) -> str:
     from kvpack.models.scan import scan
 
     recorded = {name: record.sha256 for name, record in artifact.manifest.base_model.files.items()}
-    if scan(plan.model, progress) != recorded:
+    if scan(model, progress) != recorded:  # before the plan: the recipe may not even fit another model
         raise _Failed(
-            "is not the checkpoint that was exported", where=str(plan.model.path), why="its sha256 differ"
+            "is not the checkpoint that was exported", where=str(model.path), why="its sha256 differ"
         )
+    plan = _plan(artifact, model)
     for name, problem in _differences(artifact, plan, progress):
         raise _Failed(problem, where=name, hint="export it again")
     return (
@@ -163,11 +165,11 @@ def _differences(artifact: Artifact, plan: Plan, progress: Progress) -> Iterator
                 yield name, "differs from the source"
             continue
         weight = plan.weights[name]
-        decoded = weight.codec.decode(artifact.payload(name), {}, torch.float32)
-        error = relative_error(packing.source(weight.linear.weight).float(), decoded)
+        error = relative_error(packing.source(weight.linear.weight), weight.codec, artifact.payload(name))
         recorded = artifact.manifest.weights[name].relative_error
         if recorded is None or not math.isclose(error, recorded, abs_tol=ERROR_TOLERANCE):
             yield name, f"has relative error {error:.5f}, recorded is {recorded}"
+    progress("compare", len(names), len(names))
 
 
 def _logits(

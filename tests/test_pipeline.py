@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -117,8 +118,34 @@ def test_an_interruption_leaves_nothing(source: Path, tmp_path: Path, stage: str
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pipeline.export(pipeline.make_plan(source, RECIPE, SMALL), tmp_path / "deep" / "out", progress=interrupt)
+        pipeline.export(
+            pipeline.make_plan(source, RECIPE, SMALL), tmp_path / "deep" / "out", progress=interrupt
+        )
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "export"])
+def test_the_next_export_clears_up_after_a_killed_one(
+    source: Path, first: Path, tmp_path: Path, stage: str
+) -> None:
+    out = tmp_path / "out"
+    code = (
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from kvpack import pipeline\n"
+        "def kill(stage, done, total=None, detail=''):\n"
+        f"    if stage == {stage!r} and done == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"plan = pipeline.make_plan({str(source)!r}, {RECIPE!r}, {SMALL!r})\n"
+        f"pipeline.export(plan, Path({str(out)!r}), progress=kill)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    assert os.listdir(tmp_path) != []
+    assert not out.exists()
+    made = pipeline.export(pipeline.make_plan(source, RECIPE, SMALL), out)
+    assert contents(made.path) == contents(first)
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_replacing_an_artifact_is_all_or_nothing(source: Path, tmp_path: Path) -> None:

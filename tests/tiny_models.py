@@ -32,6 +32,7 @@ _FAMILY_SHAPES: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 24, "query_pre_attn_scalar": 16},
     "gemma3_text": {"sliding_window": 24, "query_pre_attn_scalar": 16, "layer_types": "alternate"},
     "gpt_neox": {"num_key_value_heads": None, "head_dim": None, "rotary_pct": 0.25},
+    "phi": {"head_dim": None},
     "phi3": {"head_dim": None},
 }
 

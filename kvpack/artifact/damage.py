@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from kvpack.artifact.files import BUFFER_BYTES
@@ -15,20 +15,24 @@ from kvpack.core.safetensors_header import read_header
 _HINT = "copy or download this file again; `kvpack export` makes the same bytes"
 
 
-def check_hashes(folder: Path, manifest: Manifest, progress: Progress = SILENT) -> None:
-    """Read every byte of an artifact's files.
+def check_hashes(
+    folder: Path, manifest: Manifest, progress: Progress = SILENT, files: Iterable[str] | None = None
+) -> None:
+    """Read every byte of an artifact's files, or of those in `files` only.
 
     Raises:
         ArtifactError: a file differs; names the file, and the tensors for weights.
     """
-    for done, (name, record) in enumerate(manifest.files.items()):
-        progress("check", done, len(manifest.files), name)
+    names = tuple(manifest.files if files is None else files)
+    for done, name in enumerate(names):
+        record = manifest.files[name]
+        progress("check", done, len(names), name)
         if _sha256(folder / name, 0, record.bytes) != record.sha256:
             lost = _lost(folder / name, {**manifest.weight_tensors(), **manifest.kv_state})
             raise ArtifactError(
                 f"{name} is damaged{lost}", where=str(folder), why="its sha256 differs", hint=_HINT
             )
-    progress("check", len(manifest.files), len(manifest.files))
+    progress("check", len(names), len(names))
 
 
 def _sha256(path: Path, start: int, stop: int) -> str:

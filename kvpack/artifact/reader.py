@@ -20,14 +20,14 @@ from kvpack.artifact.layout import (
     shard_name,
 )
 from kvpack.artifact.manifest import Manifest, TensorRecord
+from kvpack.artifact.part_checks import check_parts
 from kvpack.artifact.paths import member, visible_files
-from kvpack.core.errors import ArtifactError, KvpackError
+from kvpack.core.errors import ArtifactError
 from kvpack.core.progress import SILENT, Progress
 from kvpack.core.safetensors_header import TensorEntry, read_header
 from kvpack.core.strict_json import parse_json
 from kvpack.core.tensor_io import read_tensor
 from kvpack.core.types import Payload
-from kvpack.recipe.plan import state_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +69,7 @@ class Artifact:
         _check_tensors(manifest.weight_tensors(), weights, folder)
         _check_tensors(manifest.kv_state, kv, folder)
         _check_index(folder, weights)
-        _check_parts(manifest, folder / MANIFEST_FILE)
+        check_parts(manifest, folder / MANIFEST_FILE)
         return cls(folder, manifest, weights, kv)
 
     @property
@@ -197,26 +197,3 @@ def _check_index(folder: Path, weights: Mapping[str, tuple[str, TensorEntry]]) -
     }
     if index != expected:
         raise ArtifactError("does not match the weight files", where=str(path))
-
-
-def _check_parts(manifest: Manifest, path: Path) -> None:
-    """Payloads and states have the shapes that their parts read, so that decoding stays in bounds."""
-    for name, linear in manifest.weights.items():
-        try:
-            specs = linear.codec.spec(linear.shape, linear.dtype)
-        except KvpackError as problem:
-            raise ArtifactError(f"weights.{name}: {problem.what}", where=str(path)) from problem
-        if specs.keys() != linear.tensors.keys() or any(
-            not linear.tensors[n].matches(s) for n, s in specs.items()
-        ):
-            raise ArtifactError(f"weights.{name}: its tensors are not those of its codec", where=str(path))
-    expected = {
-        state_name(layer.attention.layer, name, i, state): spec
-        for layer in manifest.kv
-        for name, plane in (("key", layer.key), ("value", layer.value))
-        for i, states in plane.online_states().items()
-        for state, spec in states.items()
-    }
-    stated = manifest.kv_state
-    if expected.keys() != stated.keys() or any(not stated[n].matches(s) for n, s in expected.items()):
-        raise ArtifactError("kv_state: not the states of the KV parts", where=str(path))

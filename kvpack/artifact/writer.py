@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from contextlib import ExitStack
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -76,6 +77,16 @@ class ArtifactWriter:
     ) -> None:
         self._stack.close()
         self._folder.abandon()
+
+    @contextmanager
+    def workspace(self) -> Iterator[Path]:
+        """A folder for intermediate files; it goes with the scratch folder whatever happens."""
+        folder = self._folder.scratch / ".work"
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def written(self) -> Written:
         """Records of everything that is complete."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from kvpack import __version__
 from kvpack.calibrate.data import Samples
@@ -83,8 +83,10 @@ class CalibrationWriter:
             return
         for entry in self._waiting:
             entry["file"] = file
-        save_file({n: t.contiguous() for n, t in sorted(self._pending.items())}, self._folder / file)
-        self._files[file] = _sha256(self._folder / file)
+        # Bytes, not `save_file`: its errors do not tell a full disk from anything else.
+        data = save({n: t.contiguous() for n, t in sorted(self._pending.items())})
+        (self._folder / file).write_bytes(data)
+        self._files[file] = hashlib.sha256(data).hexdigest()
         self._pending, self._waiting = {}, []
 
     def finish(self, who: Identity, samples: Samples) -> None:
@@ -132,6 +134,12 @@ class Calibration:
     def sha256(self) -> str:
         """Hash of the manifest, which holds the hashes of all files."""
         return _sha256(self.path / MANIFEST)
+
+    @property
+    def model_files(self) -> dict[str, str]:
+        """Name and sha256 of the weight files that were measured."""
+        files = self.manifest["identity"].get("model files")
+        return files if isinstance(files, dict) else {}
 
     @property
     def origin(self) -> dict[str, Any]:

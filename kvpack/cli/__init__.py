@@ -5,7 +5,8 @@ from __future__ import annotations
 
 def main() -> None:
     """Entry point of the `kvpack` command."""
-    from kvpack.cli.entry import catch_signals, run
+    from kvpack.cli.entry import catch_signals, quiet_libraries, run
 
     catch_signals()
+    quiet_libraries()
     raise SystemExit(run())

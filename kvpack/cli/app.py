@@ -14,11 +14,13 @@ from kvpack.cli.run import Result, command, function_name
 app = typer.Typer(
     name="kvpack",
     help="Compress language models offline: weights and KV cache, one verified artifact.",
+    epilog="For example: kvpack plan MODEL -r rotatekv-w4, then kvpack export MODEL -r rotatekv-w4 -o out/. "
+    "kvpack demo needs no model and no network.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_recipes = typer.Typer(help="Show what can be asked for.", no_args_is_help=True)
+_recipes = typer.Typer(help="List, show and check recipes: what to compress, and how.", no_args_is_help=True)
 
 _PANELS: dict[str, tuple[Callable[..., Result], ...]] = {
     "Start here": (demo.demo, plan.plan, calibrate.calibrate, export.export),

@@ -30,7 +30,7 @@ def calibrate(
     allow_download: AllowDownload = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Result:
-    """Measure activations and derive channel orders and weight codes."""
+    """Measure a model on text once; many exports can use the result."""
     from kvpack import pipeline
 
     access = pipeline.Access(allow_download, trust_remote_code)

@@ -20,9 +20,14 @@ if TYPE_CHECKING:
 
 def demo(
     session: Session,
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="The recipe to show.")] = "rotatekv-w4@4bit",
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", metavar="RECIPE", help="The recipe to show.")
+    ] = "rotatekv-w4@4bit",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Keep the artifact here.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FOLDER", help="Keep the artifact here; a temporary folder otherwise."
+        ),
     ] = None,
     force: Force = False,
 ) -> Result:

@@ -39,7 +39,9 @@ class Check:
 
 def doctor(
     session: Session,
-    folder: Annotated[Path, typer.Argument(help="Where artifacts would be written.")] = Path(),
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Where artifacts would be written.")
+    ] = Path(),
 ) -> Result:
     """Check versions, processor, disk and environment."""
     if not folder.is_dir():

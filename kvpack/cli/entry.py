@@ -64,6 +64,16 @@ def catch_signals() -> None:
         signal.signal(number, first)
 
 
+def quiet_libraries() -> None:
+    """Keep bars and remarks of transformers and the hub out of the log, unless the user set otherwise.
+
+    They read these variables when they are imported. Bars stay where a person waits for a download.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not (sys.stderr.isatty() and "--allow-download" in sys.argv):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 def _fail(error: KvpackError, words: list[str], shown: bool = False) -> int:
     if "--traceback" in words and not shown:
         traceback.print_exc()

@@ -8,30 +8,57 @@ from typing import Annotated, Any
 import typer
 
 from kvpack.cli.console import table
-from kvpack.cli.options import AllowDownload, Artifact, TrustRemoteCode
+from kvpack.cli.options import AllowDownload, Artifact, Source, TrustRemoteCode
 from kvpack.cli.run import Result, Session
-from kvpack.cli.verify import Source
 from kvpack.core.errors import CheckFailed, UsageError
-from kvpack.evaluate.gates import failed_gates, parse_gates
+from kvpack.evaluate.gates import METRICS, failed_gates, parse_gates
 from kvpack.evaluate.scores import Evaluation, Scores
 from kvpack.report import human_bytes
 
-Tokens = Annotated[int, typer.Option("--max-tokens", min=2, help="Stop after this many tokens.")]
-Context = Annotated[int, typer.Option("--context", min=2, help="Tokens per chunk.")]
-Step = Annotated[int, typer.Option("--step", min=1, help="Tokens per step through the cache.")]
-KV = Annotated[str, typer.Option("--kv", help="prefill: one long forward; decode: through the cache; both.")]
+Tokens = Annotated[
+    int, typer.Option("--max-tokens", min=2, help="Tokens to score; the last chunk is finished.")
+]
+Context = Annotated[
+    int, typer.Option("--context", min=2, help="Tokens per chunk, at most what the model was made for.")
+]
+Step = Annotated[
+    int,
+    typer.Option("--step", min=1, help="Tokens per step in decode; 1 is as in generation, more is faster."),
+]
+KV = Annotated[
+    str,
+    typer.Option(
+        "--kv",
+        metavar="both|prefill|decode",
+        help="How the compressed cache takes part. prefill: one forward, every full token block encoded; "
+        "decode: step by step as in generation, recent tokens exact.",
+    ),
+]
+
+Text = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="TEXT",
+        help="Text to score: builtin:stdlib, a .txt, .jsonl or .parquet file, or hf:DATASET.",
+    ),
+]
+Gates = Annotated[
+    str | None,
+    typer.Option(
+        "--gate",
+        metavar="CONDITIONS",
+        help='Exit with 1 unless they hold, e.g. "ppl_ratio<=1.02,kl<=0.01"; of ' + ", ".join(METRICS) + ".",
+    ),
+]
 
 
 def eval_(
     session: Session,
     path: Artifact,
     source: Source = None,
-    data: Annotated[
-        str, typer.Option("--data", help="Text to score: builtin:stdlib, a file, or hf:DATASET.")
-    ] = "builtin:stdlib",
-    gate: Annotated[
-        str, typer.Option("--gate", help='Fail unless it holds, e.g. "ppl_ratio<=1.02,kl<=0.01".')
-    ] = "",
+    data: Text = "builtin:stdlib",
+    gate: Gates = None,
     kv: KV = "both",
     context: Context = 1024,
     max_tokens: Tokens = 16384,
@@ -39,11 +66,11 @@ def eval_(
     allow_download: AllowDownload = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Result:
-    """Perplexity, KL to the source and top-1 agreement."""
+    """Measure perplexity; with --source also KL divergence and top-1 agreement."""
     from kvpack.evaluate.artifact import EvaluationSettings, evaluate
     from kvpack.evaluate.protocols import PROTOCOLS
 
-    gates = parse_gates(gate)
+    gates = [] if gate is None else parse_gates(gate, compared=source is not None)
     if kv not in ("both", *PROTOCOLS):
         raise UsageError(f"--kv cannot be {kv!r}", hint=f"use both, {' or '.join(PROTOCOLS)}")
     settings = EvaluationSettings(

@@ -17,13 +17,16 @@ from kvpack.cli.options import (
     Overrides,
     RecipeOption,
     TrustRemoteCode,
+    byte_count,
     with_data,
 )
 from kvpack.cli.plan import plan_result
 from kvpack.cli.run import Result, Session
 from kvpack.report import human_bytes
 
-ShardMegabytes = Annotated[int, typer.Option("--shard-mb", min=1, help="Weight megabytes per file.")]
+ShardSize = Annotated[
+    str, typer.Option("--shard-size", metavar="SIZE", help="Weights per file, e.g. 4GB or 512MiB.")
+]
 
 
 def export(
@@ -32,20 +35,26 @@ def export(
     recipe: RecipeOption,
     output: Output,
     calibration: Annotated[
-        Path | None, typer.Option("--calibration", help="Folder of kvpack calibrate; made when absent.")
+        Path | None,
+        typer.Option(
+            "--calibration",
+            metavar="FOLDER",
+            help="Use what kvpack calibrate wrote; without it, calibrate when the recipe needs it.",
+        ),
     ] = None,
     data: Data = None,
     overrides: Overrides = None,
     force: Force = False,
     dry_run: DryRun = False,
-    shard_mb: ShardMegabytes = 4000,
+    shard_size: ShardSize = "4GB",
     allow_download: AllowDownload = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Result:
-    """Write the packed artifact; calibrates first when that is needed."""
+    """Write the packed artifact; calibrates first when the recipe needs it."""
     from kvpack import pipeline
 
     access = pipeline.Access(allow_download, trust_remote_code)
+    shard_bytes = byte_count(shard_size)
     plan = pipeline.make_plan(model, recipe, with_data(overrides, data), access)
     if dry_run:
         return plan_result(plan)
@@ -54,7 +63,7 @@ def export(
         output,
         calibration=calibration,
         force=force,
-        shard_bytes=shard_mb * 1_000_000,
+        shard_bytes=shard_bytes,
         access=access,
         progress=session.progress,
     )

@@ -25,7 +25,9 @@ CALIBRATION_FILE = "calibration.json"
 
 def inspect_(
     session: Session,
-    path: Annotated[Path, typer.Argument(help="Folder of a model, a calibration or an artifact.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Folder of a model, a calibration or an artifact.")
+    ],
 ) -> Result:
     """Show what is inside a model, a calibration or an artifact."""
     from kvpack.artifact.manifest import MANIFEST_FILE

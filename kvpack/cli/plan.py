@@ -23,13 +23,13 @@ def plan(
     model: Model,
     recipe: RecipeOption,
     context: Annotated[
-        int, typer.Option("--context", min=1, help="Tokens to forecast the cache for.")
+        int, typer.Option("--context", min=1, help="Length to forecast the KV cache for, in tokens.")
     ] = CONTEXT_TOKENS,
     overrides: Overrides = None,
     allow_download: AllowDownload = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Result:
-    """Forecast size and cache of a model with a recipe; writes nothing."""
+    """Forecast the size of artifact and KV cache, to the byte; writes nothing."""
     from kvpack.pipeline import Access, make_plan
 
     made = make_plan(model, recipe, overrides or (), Access(allow_download, trust_remote_code))

@@ -17,7 +17,7 @@ from kvpack.recipe.recipe import LoadedRecipe, Recipe
 
 
 def recipes_list(session: Session) -> Result:
-    """List the bundled recipes."""
+    """List the bundled recipes and their variants."""
     rows = [_row(name) for name in bundled() if not name.startswith("fragments/")]
     columns = ("name", "variants", "fidelity", "needs data", "summary")
     shown = [
@@ -31,12 +31,14 @@ def recipes_show(
     session: Session,
     reference: RecipeReference,
     resolved: Annotated[
-        bool, typer.Option("--resolved", help="After extends, variant, --set and defaults.")
+        bool, typer.Option("--resolved", help="As it is used: extends, variant, --set and defaults applied.")
     ] = False,
-    explain: Annotated[bool, typer.Option("--explain", help="Where every value comes from.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="List every value with the file and line that set it.")
+    ] = False,
     overrides: Overrides = None,
 ) -> Result:
-    """Print a recipe."""
+    """Print a recipe, as its file has it unless an option asks for more."""
     loaded = load(reference, overrides or ())
     data = {**_summary(loaded), "resolved": loaded.resolved, "origins": loaded.origins}
     if explain:
@@ -50,7 +52,8 @@ def recipes_validate(
     session: Session,
     reference: RecipeReference,
     model: Annotated[
-        str | None, typer.Option("--model", help="Also check it against this model: folder or hub id.")
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="Also check it against this model: folder or hub id."),
     ] = None,
     allow_download: AllowDownload = False,
     overrides: Overrides = None,

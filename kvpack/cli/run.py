@@ -12,7 +12,8 @@ import inspect
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,7 @@ from kvpack.cli.console import log_console, result_console
 from kvpack.cli.progress import Reporter, reporter
 from kvpack.core.errors import Interrupted, KvpackError
 
+_PACKAGE = Path(__file__).parents[1]
 SCHEMA = "kvpack.output/1"
 """Name and version of the JSON envelope, see ``output.schema.json``."""
 
@@ -57,9 +59,9 @@ class Session:
 
 _COMMON: dict[str, Any] = {
     "json_output": Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")],
-    "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")],
-    "no_color": Annotated[bool, typer.Option("--no-color", help="Plain text.")],
-    "traceback": Annotated[bool, typer.Option("--traceback", help="Show where in the code it failed.")],
+    "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")],
+    "no_color": Annotated[bool, typer.Option("--no-color", help="Plain text; so is NO_COLOR=1.")],
+    "traceback": Annotated[bool, typer.Option("--traceback", help="On failure, show where in the code.")],
 }
 
 
@@ -77,7 +79,7 @@ def command(function: Callable[..., Result]) -> Callable[..., None]:
     def call(json_output: bool, quiet: bool, no_color: bool, traceback: bool, **arguments: Any) -> None:
         session = Session(reporter(log_console(no_color), quiet=quiet or json_output))
         try:
-            with session.progress, contextlib.redirect_stdout(sys.stderr):
+            with _caught_warnings(session), session.progress, contextlib.redirect_stdout(sys.stderr):
                 result = function(session, **arguments)
         except KeyboardInterrupt:
             # Here and not in the outer frame: typer would turn it into a bare exit code on the way.
@@ -93,6 +95,17 @@ def command(function: Callable[..., Result]) -> Callable[..., None]:
     call.__signature__ = signature.replace(parameters=parameters, return_annotation=None)  # type: ignore[attr-defined]  # read by typer
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     return call
+
+
+@contextlib.contextmanager
+def _caught_warnings(session: Session) -> Iterator[None]:
+    """Python warnings of kvpack become warnings of the session; those of libraries are dropped."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default", RuntimeWarning)
+        yield
+    for warning in caught:
+        if issubclass(warning.category, RuntimeWarning) and _PACKAGE in Path(warning.filename).parents:
+            session.warn(str(warning.message))
 
 
 def function_name(function: Callable[..., Any]) -> str:
@@ -131,7 +144,7 @@ def print_error(error: KvpackError, no_color: bool = False) -> None:
 
 
 def print_json(
-    name: str, result: Result | None, warnings: list[str], error: KvpackError | None = None
+    name: str, result: Result | None, remarks: list[str], error: KvpackError | None = None
 ) -> None:
     """The envelope, the only thing on standard output."""
     failure = error if error is not None else result.failure if result is not None else None
@@ -141,7 +154,7 @@ def print_json(
         "ok": failure is None,
         "command": name,
         "data": jsonable(result.data) if result is not None else None,
-        "warnings": warnings,
+        "warnings": remarks,
         "error": None
         if failure is None
         else {"code": failure.code, "message": failure.message, "hint": failure.hint},

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from kvpack.cli.console import table
-from kvpack.cli.options import AllowDownload, Artifact, TrustRemoteCode
+from kvpack.cli.options import AllowDownload, Artifact, Source, TrustRemoteCode
 from kvpack.cli.run import Result, Session
 from kvpack.core.errors import CheckFailed
-
-Source = Annotated[
-    str | None, typer.Option("--source", metavar="MODEL", help="The uncompressed model: folder or hub id.")
-]
 
 
 def verify(
@@ -24,7 +17,7 @@ def verify(
     allow_download: AllowDownload = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Result:
-    """Prove an artifact is complete, untampered and decodes."""
+    """Prove an artifact is complete, undamaged and decodes; with --source, that it is that model's."""
     from kvpack.verify import verify as run
 
     found = run(

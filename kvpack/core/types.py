@@ -76,6 +76,15 @@ class Payload:
         """Stored bytes of all tensors: what effective bits are counted from."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
+    def rows(self, start: int, stop: int) -> Payload:
+        """The part that stands for the tokens (or weight rows) `start` to `stop`, whole blocks only."""
+        count = self.shape[-2]
+        tensors = {}
+        for name, tensor in self.tensors.items():
+            first, last = (at * tensor.shape[-2] // count for at in (start, stop))
+            tensors[name] = tensor.narrow(-2, first, last - first)
+        return Payload(tensors, (*self.shape[:-2], stop - start, self.shape[-1]))
+
     @property
     def bits_per_element(self) -> float:
         """Stored bits divided by logical elements."""

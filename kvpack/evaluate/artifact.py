@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from kvpack.core.errors import UsageError
 from kvpack.core.progress import SILENT, Progress
 from kvpack.evaluate.protocols import PROTOCOLS, Protocol, chunks, measure
 from kvpack.evaluate.scores import Evaluation
@@ -48,7 +50,7 @@ def evaluate(
 
     Raises:
         ArtifactError: the artifact is damaged.
-        UsageError: the text cannot be had or is too short.
+        UsageError: the text cannot be had or is too short, or the source has another vocabulary.
     """
     from kvpack.artifact.reader import read_manifest
     from kvpack.calibrate.data import load_text
@@ -60,6 +62,13 @@ def evaluate(
     reference = None
     if source is not None:
         reference = load_source(source, allow_download=allow_download, trust_remote_code=trust_remote_code)
+        theirs, ours = _vocabulary(reference), _vocabulary(model)
+        if theirs != ours:
+            raise UsageError(
+                f"knows {theirs:,} tokens, the artifact {ours:,}",
+                where=str(source),
+                hint="give the model that the artifact was made from",
+            )
     text = load_text(settings.data, allow_download=allow_download)
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     context = min(settings.context_tokens, longest or settings.context_tokens)
@@ -87,3 +96,8 @@ def evaluate(
         kv_bits_per_element=8 * measured.kv_bytes / measured.kv_elements if manifest.kv else None,
         kv_bytes_per_token=measured.kv_bytes / measured.kv_tokens if manifest.kv else None,
     )
+
+
+def _vocabulary(model: Any) -> int:
+    """Tokens that a model's logits are about."""
+    return int(model.config.get_text_config(decoder=True).vocab_size)

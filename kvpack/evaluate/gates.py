@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -24,15 +25,21 @@ class Gate:
 
 
 METRICS = ("ppl", "ppl_ratio", "kl", "top1", "weight_bits", "kv_bits")
+_COMPARED = ("ppl_ratio", "kl", "top1")
 
 
-def parse_gates(text: str) -> list[Gate]:
+def parse_gates(text: str, *, compared: bool = True) -> list[Gate]:
     """Read ``"ppl_ratio<=1.02,kl<=0.01"``.
 
+    Args:
+        text: conditions, separated by commas.
+        compared: whether the evaluation will have a source to compare with.
+
     Raises:
-        UsageError: an unknown metric, or no ``<=``/``>=`` with a number.
+        UsageError: an unknown metric, no ``<=``/``>=`` with a number, a metric that cannot be
+            measured without a source, or no condition at all.
     """
-    gates = []
+    gates: list[Gate] = []
     for item in filter(None, (part.strip() for part in text.split(","))):
         operator: Literal["<=", ">="] = "<=" if "<=" in item else ">="
         metric, found, bound = (part.strip() for part in item.partition(operator))
@@ -41,13 +48,22 @@ def parse_gates(text: str) -> list[Gate]:
                 f"cannot read the gate {item!r}",
                 hint=f"write METRIC<=NUMBER or METRIC>=NUMBER, with METRIC one of {', '.join(METRICS)}",
             )
-        try:
-            gates.append(Gate(metric, operator, float(bound)))
-        except ValueError:
-            raise UsageError(
-                f"{bound!r} in gate {item!r} is not a number", hint="for example kl<=0.01"
-            ) from None
+        if metric in _COMPARED and not compared:
+            raise UsageError(f"gate {item!r} compares with a source", hint="add --source MODEL")
+        gates.append(Gate(metric, operator, _number(bound, item)))
+    if not gates:
+        raise UsageError("the gate is empty", why="it would always pass", hint="for example kl<=0.01")
     return gates
+
+
+def _number(text: str, item: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if math.isnan(number):
+        raise UsageError(f"{text!r} in gate {item!r} is not a number", hint="for example kl<=0.01")
+    return number
 
 
 def failed_gates(evaluation: Evaluation, gates: Sequence[Gate]) -> list[str]:

@@ -96,8 +96,9 @@ def measure(
         pieces: token ids, from `chunks`.
         new_cache: None for an artifact without a KV scheme.
         protocols: which measurements to make.
-        step_tokens: tokens fed per step in ``decode``; 1 is exact, more is faster and equal
-            where the recent window is at least as long.
+        step_tokens: tokens fed per step in ``decode``; 1 is what generation does. More is faster and
+            equal where tokens are encoded at the same positions: in windows of whole blocks that
+            the step divides. Elsewhere a token sees up to a step more of its past exactly.
         batch: chunks scored together.
         progress: told after each batch.
     """

@@ -42,6 +42,8 @@ def generate(
         ArtifactError: the artifact is damaged.
         UsageError: the prompt is empty.
     """
+    if not prompt:
+        raise UsageError("the prompt is empty", hint="give some text with --prompt")
     model = load(path, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     return continue_prompt(model, tokenizer, prompt, max_new_tokens=max_new_tokens, sample=sample, seed=seed)

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from kvpack.artifact.damage import check_hashes
 from kvpack.artifact.reader import Artifact
 from kvpack.core.errors import ArtifactError
+from kvpack.models.attention import describe_attention
+from kvpack.models.skeleton import decoder_blocks
 from kvpack.models.source import resolve
 from kvpack.runtime.install import install
 from kvpack.runtime.linear import replace_linears
@@ -38,7 +41,11 @@ def load(
         ArtifactError: the artifact is incomplete, damaged, changed or too new.
     """
     folder = Path(path)
-    Artifact.open(folder, check="structure")  # a clear error before transformers looks at the folder
+    # Clear errors before transformers looks at the folder; the quantizer then checks everything.
+    manifest = Artifact.open(folder, check="structure").manifest
+    check_hashes(
+        folder, manifest, files=[name for name in manifest.files if not name.endswith(".safetensors")]
+    )
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -90,6 +97,7 @@ def prepare(model: Any, artifact: Artifact) -> None:
         ArtifactError: the artifact does not hold exactly the tensors that the model then needs.
     """
     manifest = artifact.manifest
+    _check_attention(model, artifact)
     replace_linears(
         model,
         {
@@ -106,6 +114,25 @@ def prepare(model: Any, artifact: Artifact) -> None:
             f"tensor {odd[0]!r} is {'missing' if missing else 'not part of the model'}",
             where=str(artifact.path),
             why=f"{len(odd)} tensors differ between the artifact and {type(model).__name__}",
+            hint="load it with the transformers version in its manifest, or export it again",
+        )
+
+
+def _check_attention(model: Any, artifact: Artifact) -> None:
+    """The cache scheme must be that of the layers which this transformers builds."""
+    if not artifact.manifest.kv:
+        return
+    name, blocks = decoder_blocks(model)
+    paths = tuple(f"{name}.{i}" for i in range(len(blocks)))
+    built = list(describe_attention(model, model.config.get_text_config(decoder=True), paths))
+    stated = [layer.attention for layer in artifact.manifest.kv]
+    different = [b.layer for b, s in zip(built, stated, strict=False) if b != s]
+    if different or len(built) != len(stated):
+        at = different[0] if different else min(len(built), len(stated))
+        raise ArtifactError(
+            f"attention layer {at} is not the one that the KV-cache scheme was made for",
+            where=str(artifact.path),
+            why="this version of transformers may build the model differently",
             hint="load it with the transformers version in its manifest, or export it again",
         )
 

@@ -38,10 +38,13 @@ class ModelRope:
     Attributes:
         rotate: the family's ``apply_rotary_pos_emb(q, k, cos, sin)``.
         embed: positions [B, T] -> cos and sin [B, T, D'], rounded as the model rounds them.
+        channels: how many of the first channels `rotate` takes, where the family's attention
+            splits them off itself; None where `rotate` takes whole heads.
     """
 
     rotate: Rotation
     embed: Callable[[Tensor], tuple[Tensor, Tensor]]
+    channels: int | None = None
 
     def apply(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate `x` [B, K, T, D] to `positions` [B or 1, T], in the dtype of `x`."""
@@ -56,7 +59,9 @@ class ModelRope:
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         # Queries are rotated along with keys; a single empty head costs nothing.
-        return self.rotate(x[:, :0], x, cos, sin)[1]
+        turning = x[..., : self.channels]
+        turned = self.rotate(turning[:, :0], turning, cos, sin)[1]
+        return turned if self.channels is None else torch.cat((turned, x[..., self.channels :]), -1)
 
 
 def rope_of(model: nn.Module, attention: nn.Module) -> Rope:
@@ -86,7 +91,7 @@ def rope_of(model: nn.Module, attention: nn.Module) -> Rope:
         cos, sin = rotary(like, positions, **extra)
         return cos, sin
 
-    return ModelRope(rotate, embed)
+    return ModelRope(rotate, embed, getattr(attention, "rotary_ndims", None))
 
 
 def _rotary_module(model: nn.Module, attention: nn.Module) -> nn.Module:

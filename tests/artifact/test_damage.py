@@ -243,9 +243,10 @@ LIES: dict[str, tuple[Edit, str]] = {
     "unknown dtype": (lambda c: at("copied", "norm.weight")(c).update(dtype="int3"), "int3"),
     "state of another shape": (
         lambda c: at("kv", "0", "key", "states", "0", "perm")(c).update(shape=[4, 2]),
-        "kv_state",
+        r"kv.0: key.states",
     ),
-    "state for no transform": (lambda c: at("kv", "0", "key")(c).update(states=[]), "states"),
+    "state for no transform": (lambda c: at("kv", "0", "key")(c).update(states=[]), r"kv.0: key.states"),
+    "no heads": (lambda c: at("kv", "0", "attention")(c).update(kv_heads=0), r"kv.0: impossible"),
     "no KV layer for a state": (lambda c: c.update(kv=[]), "kv_state"),
     "missing shard": (
         lambda c: c["files"].pop("kvpack-00001-of-00002.safetensors"),

@@ -59,7 +59,9 @@ def make(tmp_path_factory: pytest.TempPathFactory, make_source: MakeSource) -> M
     """An artifact; equal arguments give the same one."""
     root, made = tmp_path_factory.mktemp("artifacts"), {}
 
-    def export(recipe: str, family: str = "llama", *, shard_bytes: int = 4_000_000, **options: object) -> Made:
+    def export(
+        recipe: str, family: str = "llama", *, shard_bytes: int = 4_000_000, **options: object
+    ) -> Made:
         key = (recipe, family, shard_bytes, *sorted(options.items()))
         if key not in made:
             source = make_source(family, **options)

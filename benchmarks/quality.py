@@ -1,0 +1,397 @@
+"""Quality of every bundled recipe beside its source, from one run per model.
+
+    python benchmarks/quality.py                             # the embedded model, offline
+    python benchmarks/quality.py --output docs/results/quality \
+        --model reference-3m=MODELS/reference-3m:TEXTS/reference_valid.txt \
+        --model stories260K=MODELS/stories260K:TEXTS/tinystories_valid.jsonl
+
+Calibration text and evaluation text never overlap: a text of several documents (a .jsonl file,
+``builtin:stdlib``) is evaluated on its first half and calibrates on its second; a .txt file is
+evaluated as a whole, and ``builtin:stdlib`` calibrates.
+
+``--output NAME`` writes NAME.json and the tables in NAME.md. There a table stands between two
+marker comments; text outside of them, such as a reading of the numbers, survives another run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import platform
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import kvpack
+from kvpack.artifact.reader import read_manifest
+from kvpack.calibrate.data import load_text
+from kvpack.core.data_files import data_dir
+from kvpack.evaluate.protocols import Measured, Protocol, chunks, measure
+from kvpack.evaluate.scores import Scores
+from kvpack.loading.load import load, load_source, load_tokenizer
+from kvpack.pipeline import export, make_plan
+from kvpack.recipe.plan import Plan
+from kvpack.runtime.install import new_cache
+
+CONTEXT_TOKENS = 1024
+STEP_TOKENS = 32
+BUILTIN = "builtin:stdlib"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One artifact to make: a recipe with overrides, and what to call it in the table."""
+
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    note: str = ""
+
+    def at(self, group: int) -> Entry:
+        """With ``{group}`` filled in."""
+        fill = str(group)
+        overrides = tuple(o.replace("{group}", fill) for o in self.overrides)
+        return Entry(self.recipe, overrides, self.note.replace("{group}", fill))
+
+    @property
+    def label(self) -> str:
+        """The recipe, with the note that explains its overrides."""
+        return f"{self.recipe}, {self.note}" if self.note else self.recipe
+
+
+def _old(**values: object) -> tuple[str, ...]:
+    """Overrides of the codec of encoded tokens; ``__`` in a name is a dot."""
+    return tuple(f"kv_cache.tiers.old.{name.replace('__', '.')}={value}" for name, value in values.items())
+
+
+THREE_BITS = ("weights.0.codec.bits=3",)
+SECTIONS: dict[str, tuple[Entry, ...]] = {
+    "weights": (
+        Entry("w8"),
+        Entry("w4"),
+        Entry("w4@rtn"),
+        Entry("w4", THREE_BITS, "3 bits"),
+        Entry("w4@rtn", THREE_BITS, "3 bits"),
+    ),
+    "cache": (
+        Entry("kivi@4bit"),
+        Entry("kivi@4bit-per-token"),
+        Entry("kivi"),
+        Entry("kivi@2bit-per-token"),
+        Entry("rotatekv@4bit"),
+        Entry("rotatekv@3bit"),
+        Entry("rotatekv"),
+        Entry("rotatekv-w4@4bit"),
+    ),
+    "ablation": (
+        Entry("rotatekv@2bit-rtn"),
+        Entry("rotatekv@2bit-hadamard"),
+        Entry("rotatekv@2bit-prerope"),
+        Entry("rotatekv@2bit-reorder"),
+        Entry("rotatekv"),
+    ),
+    # The same steps with groups of one size, so that no step has more scales than another.
+    "groups": tuple(
+        Entry(recipe, _old(codec__group__size="{group}"), "groups of {group}")
+        for recipe in (
+            *(f"rotatekv@2bit-{step}" for step in ("rtn", "hadamard", "prerope", "reorder")),
+            "rotatekv",
+        )
+    ),
+    "causes": (
+        Entry("kivi", _old(key__group__size=8), "groups of 8 tokens"),
+        *(
+            Entry(f"rotatekv@2bit-{step}", _old(value="{kind: identity}"), "values exact")
+            for step in ("rtn", "hadamard", "prerope")
+        ),
+        *(
+            Entry(f"rotatekv@2bit-{step}", _old(codec__clip=1.0), "clip 1.0")
+            for step in ("rtn", "hadamard", "prerope")
+        ),
+        Entry("rotatekv", _old(codec__clip=1.0), "clip 1.0"),
+        Entry("rotatekv", _old(codec__scale_dtype="float16"), "fp16 scales"),
+    ),
+}
+TITLES = {
+    "weights": "Weights",
+    "cache": "KV cache, whole chunk quantised (protocol A)",
+    "decode": "KV cache, decoding through the real cache (protocol B)",
+    "ablation": "RotateKV in steps, 2 bits (protocol A)",
+    "groups": "RotateKV in steps, 2 bits, equal groups (protocol A)",
+    "causes": "Separating causes (protocol A)",
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with its texts, ready to measure."""
+
+    name: str
+    path: Path
+    text: str
+    calibration: str
+    calibration_name: str
+    source: Any
+    pieces: list[Tensor]
+    decode_pieces: list[Tensor]
+
+    @property
+    def samples(self) -> int:
+        """Calibration samples; half a small text file does not hold more."""
+        return 128 if self.calibration == BUILTIN else 96
+
+    @property
+    def group(self) -> int:
+        """A group size that a single head can fill."""
+        config = self.source.config
+        return min(32, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest chunk."""
+        return max(len(piece) for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: scores, and what was stored. None is what a row does not have."""
+
+    label: str
+    overrides: tuple[str, ...]
+    scores: Scores
+    weight_bits: float
+    kv_bits: float | None = None
+    kv_bytes_per_token: float | None = None
+    step_tokens: int | None = None
+
+
+def prepare(argument: str, scratch: Path, tokens: int, decode_tokens: int) -> Subject:
+    """Read ``NAME=MODEL:TEXT``, split the text, load the source."""
+    name, _, rest = argument.partition("=")
+    path, _, text = rest.partition(":")
+    documents: Sequence[str] = load_text(text).documents
+    calibration, calibration_name = BUILTIN, BUILTIN
+    shown = text if text.startswith("builtin:") else Path(text).name
+    if len(documents) > 1:
+        half = len(documents) // 2
+        file = scratch / f"{name}.calibration.jsonl"
+        file.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents[half:]))
+        calibration, calibration_name = str(file), f"{shown}, second half"
+        documents, shown = documents[:half], f"{shown}, first half"
+    if not text.endswith(".jsonl"):
+        documents = ["\n\n".join(documents)]
+    source = load_source(path)
+    context = min(CONTEXT_TOKENS, source.config.max_position_embeddings)
+    tokenizer = load_tokenizer(path)
+    pieces = chunks(documents, tokenizer, context, tokens)
+    decode_pieces = chunks(documents, tokenizer, context, decode_tokens)
+    return Subject(name, Path(path), shown, calibration, calibration_name, source, pieces, decode_pieces)
+
+
+def measure_entry(subject: Subject, entry: Entry, scratch: Path, decode: bool) -> Iterator[tuple[str, Row]]:
+    """Export, load and score one recipe; yields (protocol, row)."""
+    text = (f"calibration.data={json.dumps(subject.calibration)}", f"calibration.samples={subject.samples}")
+    plan = make_plan(subject.path, entry.recipe, (*entry.overrides, *text))
+    path = scratch / "artifact"
+    export(plan, path, force=True)
+    bits = read_manifest(path).totals.bits_per_weight
+    model = load(path)
+    for protocol in ("prefill", "decode") if decode else ("prefill",):
+        step = step_tokens(plan)
+        pieces = subject.pieces if protocol == "prefill" else subject.decode_pieces
+        found = run(model, subject.source, pieces, protocol, step, cached=bool(plan.kv))
+        yield protocol, _row(entry, found, bits, step if protocol == "decode" else None)
+    del model
+    gc.collect()
+
+
+def step_tokens(plan: Plan) -> int:
+    """Tokens per decoding step: several only where every policy keeps at least as many exact.
+
+    Otherwise tokens of one step would see each other exactly, and sink detection would take every
+    step for a prompt.
+    """
+    windows = [getattr(layer.policy, "recent_tokens", 0) for layer in plan.kv]
+    return STEP_TOKENS if windows and min(windows) >= STEP_TOKENS else 1
+
+
+def run(
+    model: Any, source: Any, pieces: Sequence[Tensor], protocol: Protocol, step: int, *, cached: bool
+) -> Measured:
+    """Score `model` beside `source` under one protocol."""
+    return measure(
+        model,
+        source,
+        pieces,
+        new_cache=(lambda exact: new_cache(model, exact_prefill=exact)) if cached else None,
+        protocols=(protocol,),
+        step_tokens=step,
+        batch=4 if protocol == "prefill" else 16,
+    )
+
+
+def _row(entry: Entry, found: Measured, bits: float, step: int | None) -> Row:
+    (scores,) = found.packed.values()
+    held = found.kv_bytes > 0
+    return Row(
+        entry.label,
+        entry.overrides,
+        scores,
+        bits,
+        8 * found.kv_bytes / found.kv_elements if held else None,
+        found.kv_bytes / found.kv_tokens if held else None,
+        step,
+    )
+
+
+def source_rows(subject: Subject) -> Iterator[tuple[str, Row]]:
+    """The source by itself, and how far it is from itself in float32: the floor of the KL."""
+    config = subject.source.config
+    width = 8 * subject.source.dtype.itemsize
+    heads, layers = config.num_key_value_heads, config.num_hidden_layers
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_bytes = 2 * heads * head_dim * layers * width / 8
+    for protocol, pieces in (("prefill", subject.pieces), ("decode", subject.decode_pieces)):
+        (scores,) = run(subject.source, subject.source, pieces, "prefill", 1, cached=False).packed.values()
+        yield protocol, Row("source", (), scores, width, width, kv_bytes)
+    if width < 32:
+        wide = load_source(subject.path).float()
+        (scores,) = run(wide, subject.source, subject.pieces, "prefill", 1, cached=False).packed.values()
+        yield "prefill", Row("source computed in float32", (), scores, width)
+
+
+def tables(subject: Subject, sections: Sequence[str], scratch: Path) -> dict[str, list[Row]]:
+    """All rows of a model by table."""
+    rows: dict[str, list[Row]] = {name: [] for name in TITLES if name in sections or name == "decode"}
+    for protocol, row in source_rows(subject):
+        targets = ["decode"] if protocol == "decode" else [n for n in rows if n != "decode"]
+        for name in targets:
+            if row.label == "source" or name == "weights":
+                rows[name].append(row)
+    done: dict[Entry, Row] = {}
+    for section in sections:
+        for entry in (e.at(subject.group) for e in SECTIONS[section]):
+            start = time.perf_counter()
+            if entry not in done:
+                for protocol, row in measure_entry(subject, entry, scratch, section == "cache"):
+                    if protocol == "decode":
+                        rows["decode"].append(row)
+                    else:
+                        done[entry] = row
+            rows[section].append(done[entry])
+            seconds = time.perf_counter() - start
+            shown = done[entry].scores
+            print(f"{subject.name}: {entry.label}: {shown} {seconds:.0f} s", file=sys.stderr, flush=True)
+    return rows if "cache" in sections else {k: v for k, v in rows.items() if k != "decode"}
+
+
+def markdown(subject: Subject, section: str, rows: Sequence[Row]) -> str:
+    """One table, with a line that says what was measured."""
+    pieces = subject.decode_pieces if section == "decode" else subject.pieces
+    tokens = sum(len(piece) - 1 for piece in pieces)
+    lines = [
+        f"### {subject.name}: {TITLES[section]}",
+        "",
+        f"{tokens:,} tokens of {subject.text} in {len(pieces)} chunks of at most {subject.context}; "
+        f"calibrated on {subject.calibration_name}; {str(subject.source.dtype).removeprefix('torch.')}.",
+        "",
+    ]
+    columns = ["recipe", "perplexity", "KL", "top-1", "KV bits", "KV bytes/token", "weight bits"]
+    if section == "weights":
+        columns[4:6] = []
+    lines += ["| " + " | ".join(columns) + " |", "|---|" + "--:|" * (len(columns) - 1)]
+    for row in rows:
+        cells = [row.label, f"{row.scores.perplexity:.3f}", f"{row.scores.kl:.5f}", f"{row.scores.top1:.1%}"]
+        if section != "weights":
+            cells += [
+                "" if v is None else f"{v:.{n}f}" for v, n in ((row.kv_bits, 2), (row.kv_bytes_per_token, 0))
+            ]
+        cells.append(f"{row.weight_bits:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_blocks(file: Path, blocks: dict[str, str]) -> None:
+    """Put each block between its markers in `file`; new ones are added at the end."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    for name, block in blocks.items():
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        marked = f"{begin}\n{block}\n{end}"
+        if begin in text:
+            pattern = re.escape(begin) + ".*?" + re.escape(end)
+            text = re.sub(pattern, lambda _, new=marked: new, text, flags=re.DOTALL)
+        else:
+            text += ("\n" if text else "") + marked + "\n"
+    file.write_text(text, encoding="utf-8")
+
+
+def write_json(file: Path, made_with: dict[str, str], models: dict[str, Any]) -> None:
+    """Write all rows; models and tables that this run did not measure stay as they are."""
+    known = json.loads(file.read_text(encoding="utf-8"))["models"] if file.exists() else {}
+    merged = known | {name: known.get(name, {}) | found for name, found in models.items()}
+    file.write_text(json.dumps({"versions": made_with, "models": merged}, indent=1) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    return {
+        "kvpack": kvpack.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def header(arguments: argparse.Namespace) -> str:
+    """Command and versions, without paths of this machine."""
+    models = "".join(f" --model {_public(m)}" for m in arguments.model or ())
+    made_with = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return (
+        f"# Quality of the bundled recipes\n\nCommand: `python benchmarks/quality.py{models} "
+        f"--tokens {arguments.tokens} --decode-tokens {arguments.decode_tokens}`; {made_with}, CPU. "
+        "Calibration draws its samples with seed 0; evaluation uses no random numbers."
+    )
+
+
+def _public(argument: str) -> str:
+    name, _, rest = argument.partition("=")
+    path, _, text = rest.partition(":")
+    return f"{name}={Path(path).name}:{text if text.startswith('builtin:') else Path(text).name}"
+
+
+def main() -> None:
+    """Measure every model and print or write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", action="append", metavar="NAME=MODEL:TEXT")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens scored with protocol A")
+    parser.add_argument("--decode-tokens", type=int, default=8192, help="tokens scored with protocol B")
+    parser.add_argument("--output", type=Path, metavar="NAME", help="write NAME.md and NAME.json")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    blocks, models = {"header": header(arguments)}, {}
+    for argument in arguments.model or [f"demo={data_dir('calibration') / 'demo_model'}:{BUILTIN}"]:
+        with tempfile.TemporaryDirectory() as scratch:
+            subject = prepare(argument, Path(scratch), arguments.tokens, arguments.decode_tokens)
+            found = tables(subject, arguments.sections, Path(scratch))
+        blocks |= {f"{subject.name} {name}": markdown(subject, name, rows) for name, rows in found.items()}
+        models[subject.name] = {name: [asdict(row) for row in rows] for name, rows in found.items()}
+    print("\n\n".join(blocks.values()))
+    if arguments.output:
+        write_blocks(arguments.output.with_suffix(".md"), blocks)
+        write_json(arguments.output.with_suffix(".json"), versions(), models)
+
+
+if __name__ == "__main__":
+    main()
