@@ -139,6 +139,8 @@ def export(
         hashes = scan(plan.model, progress)
         with _calibrated(plan, given, hashes, writer, access, progress) as measured:
             manifest = _write(plan, measured, hashes, writer, shard_bytes, progress)
+        # Only now: the calibration made on the way must be gone when the folder gets its name.
+        manifest = writer.finish(manifest)
     return Exported(out, manifest, sum(f.stat().st_size for f in out.rglob("*") if f.is_file()))
 
 
@@ -198,7 +200,7 @@ def _write(
     for name, path in sidecar_files(plan.model.path).items():
         writer.copy_file(path, name)
     writer.write_text("README.md", model_card(plan))
-    manifest = manifest_of(
+    return manifest_of(
         plan,
         writer.written(),
         source_hashes=hashes,
@@ -207,7 +209,6 @@ def _write(
         repository=plan.model.repository,
         seed=plan.recipe.recipe.calibration.seed,
     )
-    return writer.finish(manifest)
 
 
 def _config(plan: Plan) -> dict[str, Any]:

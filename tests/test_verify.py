@@ -139,14 +139,23 @@ def test_an_edited_manifest_is_noticed(artifact: Path) -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [{"seed": 1}, {"layers": 3}, {"family": "qwen3"}, {"head_dim": 12}],
-    ids=["seed", "layers", "family", "a recipe does not fit"],
+    [{"seed": 1}, {"layers": 3}, {"family": "qwen3"}],
+    ids=["seed", "layers", "family"],
 )
 def test_another_source_is_noticed(sound: Path, tmp_path: Path, other: dict[str, object]) -> None:
     made = make_model(tmp_path / "other", max_position_embeddings=128, **other)
     found = verify(sound, made)
     assert outcome(found) == {"files": True, "decode": True, "source": False}
     assert "is not the checkpoint that was exported" in failure(found)
+
+
+def test_another_source_is_noticed_even_where_the_recipe_does_not_fit_it(
+    source: Path, tmp_path: Path
+) -> None:
+    plan = pipeline.make_plan(source, "w8", ["weights.0.match=layers.1.mlp.up_proj"])
+    pipeline.export(plan, tmp_path / "out")
+    short = make_model(tmp_path / "short", layers=1)
+    assert "is not the checkpoint that was exported" in failure(verify(tmp_path / "out", short))
 
 
 def test_a_source_that_is_none_is_an_error_and_no_answer(sound: Path, tmp_path: Path) -> None:
