@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,11 @@ from kvpack.recipe.plan import Plan
 from kvpack.runtime.install import new_cache
 
 CONTEXT_TOKENS = 1024
+DECODE_CONTEXT = 384
+"""Tokens per chunk of protocol B, short so that most recipes can go token by token."""
 STEP_TOKENS = 32
+ERROR_PIECES = 4
+"""Chunks whose keys are compared one by one."""
 BUILTIN = "builtin:stdlib"
 
 
@@ -109,6 +113,8 @@ SECTIONS: dict[str, tuple[Entry, ...]] = {
         )
     ),
     "causes": (
+        Entry("kivi"),
+        Entry("kivi@2bit-per-token"),
         Entry("kivi", _old(key__group__size=8), "groups of 8 tokens"),
         *(
             Entry(f"rotatekv@2bit-{step}", _old(value="{kind: identity}"), "values exact")
@@ -129,6 +135,18 @@ TITLES = {
     "ablation": "RotateKV in steps, 2 bits (protocol A)",
     "groups": "RotateKV in steps, 2 bits, equal groups (protocol A)",
     "causes": "Separating causes (protocol A)",
+}
+
+
+_SCORES = ("perplexity", "KL", "top-1")
+_CACHE = ("KV bits", "KV bytes/token")
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "weights": (*_SCORES, "weight bits"),
+    "cache": (*_SCORES, *_CACHE, "weight bits"),
+    "decode": (*_SCORES, *_CACHE, "weight bits"),
+    "ablation": (*_SCORES, "key error", *_CACHE),
+    "groups": (*_SCORES, "key error", *_CACHE),
+    "causes": (*_SCORES, "key error", *_CACHE),
 }
 
 
@@ -156,11 +174,6 @@ class Subject:
         config = self.source.config
         return min(32, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
-    @property
-    def context(self) -> int:
-        """Tokens of the longest chunk."""
-        return max(len(piece) for piece in self.pieces)
-
 
 @dataclass(frozen=True)
 class Row:
@@ -173,6 +186,7 @@ class Row:
     kv_bits: float | None = None
     kv_bytes_per_token: float | None = None
     step_tokens: int | None = None
+    key_error: float | None = None
 
 
 def prepare(argument: str, scratch: Path, tokens: int, decode_tokens: int) -> Subject:
@@ -194,8 +208,16 @@ def prepare(argument: str, scratch: Path, tokens: int, decode_tokens: int) -> Su
     context = min(CONTEXT_TOKENS, source.config.max_position_embeddings)
     tokenizer = load_tokenizer(path)
     pieces = chunks(documents, tokenizer, context, tokens)
-    decode_pieces = chunks(documents, tokenizer, context, decode_tokens)
+    decode_pieces = _equal(
+        chunks(documents, tokenizer, min(context, DECODE_CONTEXT), sys.maxsize), decode_tokens
+    )
     return Subject(name, Path(path), shown, calibration, calibration_name, source, pieces, decode_pieces)
+
+
+def _equal(pieces: Sequence[Tensor], limit_tokens: int) -> list[Tensor]:
+    """Only the longest chunks, which decode together in batches; about `limit_tokens` of them."""
+    longest = max(len(piece) for piece in pieces)
+    return [piece for piece in pieces if len(piece) == longest][: max(1, limit_tokens // longest)]
 
 
 def measure_entry(subject: Subject, entry: Entry, scratch: Path, decode: bool) -> Iterator[tuple[str, Row]]:
@@ -210,9 +232,34 @@ def measure_entry(subject: Subject, entry: Entry, scratch: Path, decode: bool) -
         step = step_tokens(plan)
         pieces = subject.pieces if protocol == "prefill" else subject.decode_pieces
         found = run(model, subject.source, pieces, protocol, step, cached=bool(plan.kv))
-        yield protocol, _row(entry, found, bits, step if protocol == "decode" else None)
+        row = _row(entry, found, bits, step if protocol == "decode" else None)
+        if plan.kv and protocol == "prefill":
+            row = replace(row, key_error=key_error(model, subject.source, pieces[:ERROR_PIECES]))
+        yield protocol, row
     del model
     gc.collect()
+
+
+def key_error(model: Any, source: Any, pieces: Sequence[Tensor]) -> float:
+    """Squared error of stored keys relative to the keys, over all layers.
+
+    Every layer stores the source's own keys, so that errors of one layer do not reach the next.
+    """
+    error = total = 0.0
+    with torch.inference_mode():
+        for ids in pieces:
+            exact = source(ids[None], use_cache=True, output_hidden_states=True)
+            cache = new_cache(model, exact_prefill=False)
+            cache.begin(1, len(ids))
+            cache.track.locate(torch.arange(len(ids))[None])
+            for i, layer in enumerate(cache.layers):
+                if layer.plan.policy.needs_hidden:
+                    cache.track.hidden[i] = exact.hidden_states[i]
+                keys, values = exact.past_key_values.layers[i].keys, exact.past_key_values.layers[i].values
+                stored, _ = layer.update(keys, values)
+                error += float((stored.float() - keys.float()).square().sum())
+                total += float(keys.float().square().sum())
+    return error / total
 
 
 def step_tokens(plan: Plan) -> int:
@@ -302,23 +349,34 @@ def markdown(subject: Subject, section: str, rows: Sequence[Row]) -> str:
     lines = [
         f"### {subject.name}: {TITLES[section]}",
         "",
-        f"{tokens:,} tokens of {subject.text} in {len(pieces)} chunks of at most {subject.context}; "
+        f"{tokens:,} tokens of {subject.text} in {len(pieces)} chunks of at most {max(map(len, pieces))}; "
         f"calibrated on {subject.calibration_name}; {str(subject.source.dtype).removeprefix('torch.')}.",
         "",
     ]
-    columns = ["recipe", "perplexity", "KL", "top-1", "KV bits", "KV bytes/token", "weight bits"]
-    if section == "weights":
-        columns[4:6] = []
-    lines += ["| " + " | ".join(columns) + " |", "|---|" + "--:|" * (len(columns) - 1)]
-    for row in rows:
-        cells = [row.label, f"{row.scores.perplexity:.3f}", f"{row.scores.kl:.5f}", f"{row.scores.top1:.1%}"]
-        if section != "weights":
-            cells += [
-                "" if v is None else f"{v:.{n}f}" for v, n in ((row.kv_bits, 2), (row.kv_bytes_per_token, 0))
-            ]
-        cells.append(f"{row.weight_bits:.2f}")
-        lines.append("| " + " | ".join(cells) + " |")
+    columns = COLUMNS[section]
+    lines += ["| recipe | " + " | ".join(columns) + " |", "|---|" + "--:|" * len(columns)]
+    lines += [f"| {row.label} | " + " | ".join(_cell(row, c) for c in columns) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def _cell(row: Row, column: str) -> str:
+    if column == "perplexity":
+        return f"{row.scores.perplexity:.3f}"
+    if column == "KL":
+        return f"{row.scores.kl:.4f}"
+    if column == "top-1":
+        return f"{row.scores.top1:.1%}"
+    value = {
+        "key error": row.key_error,
+        "KV bits": row.kv_bits,
+        "KV bytes/token": row.kv_bytes_per_token,
+        "weight bits": row.weight_bits,
+    }[column]
+    if value is None:
+        return ""
+    return (
+        f"{value:.1%}" if column == "key error" else f"{value:.0f}" if "bytes" in column else f"{value:.2f}"
+    )
 
 
 def write_blocks(file: Path, blocks: dict[str, str]) -> None:
@@ -384,7 +442,9 @@ def main() -> None:
     for argument in arguments.model or [f"demo={data_dir('calibration') / 'demo_model'}:{BUILTIN}"]:
         with tempfile.TemporaryDirectory() as scratch:
             subject = prepare(argument, Path(scratch), arguments.tokens, arguments.decode_tokens)
-            found = tables(subject, arguments.sections, Path(scratch))
+            # Always in this order: a recipe that two sections share is decoded with the cache's.
+            sections = [name for name in SECTIONS if name in arguments.sections]
+            found = tables(subject, sections, Path(scratch))
         blocks |= {f"{subject.name} {name}": markdown(subject, name, rows) for name, rows in found.items()}
         models[subject.name] = {name: [asdict(row) for row in rows] for name, rows in found.items()}
     print("\n\n".join(blocks.values()))

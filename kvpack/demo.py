@@ -60,7 +60,7 @@ def run(recipe: str, out: Path, *, force: bool = False, progress: Progress = SIL
     verification = verify(out, source, progress=progress)
     if not verification.passed:
         failed = next(check for check in verification.checks if not check.passed)
-        raise CheckFailed(f"{failed.name}: {failed.detail}", where=str(out))
+        raise CheckFailed(f"{failed.name}: {failed.detail}", hint=failed.hint)
     evaluation = evaluate(out, source, EVALUATION, progress=progress)
     return Demo(plan, exported.nbytes, verification, evaluation, _continue(source, out, progress))
 

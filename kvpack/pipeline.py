@@ -53,11 +53,12 @@ def make_plan(model: str | Path, recipe: str, overrides: Sequence[str] = (), acc
         RecipeError: the recipe is wrong, or asks for what this model cannot do.
         SourceError: the model is incomplete or unknown.
     """
-    from kvpack.models import open_model
     from kvpack.recipe.load import load
+
+    loaded = load(recipe, overrides)  # before torch is imported: a typo is answered at once
+    from kvpack.models import open_model
     from kvpack.recipe.resolve import resolve
 
-    loaded = load(recipe, overrides)
     spec = open_model(model, allow_download=access.allow_download, trust_remote_code=access.trust_remote_code)
     return resolve(loaded, spec)
 

@@ -29,11 +29,12 @@ ERROR_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Check:
-    """One question and its answer."""
+    """One question and its answer; a failed one says in `hint` what to do."""
 
     name: str
     passed: bool
     detail: str
+    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def verify(
         try:
             checks.append(Check(name, True, question()))
         except (ArtifactError, _Failed) as error:
-            checks.append(Check(name, False, str(error)))
+            checks.append(Check(name, False, error.message, error.hint))
         return checks[-1].passed
 
     artifact: list[Artifact] = []

@@ -63,7 +63,7 @@ def byte_count(text: str) -> int:
     Raises:
         UsageError: no number with a unit, or less than a byte.
     """
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kmgKMG]i?B)", text.strip())
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kmg]i?b)", text.strip(), re.IGNORECASE)
     count = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
     if count < 1:
         raise UsageError(f"cannot read the size {text!r}", hint="write for example 4GB or 512MiB")

@@ -29,6 +29,6 @@ def verify(
     )
     rows = [(c.name, "ok" if c.passed else "FAILED", c.detail) for c in found.checks]
     failed = next((c for c in found.checks if not c.passed), None)
-    failure = None if failed is None else CheckFailed(f"{failed.name}: {failed.detail}", where=str(path))
+    failure = None if failed is None else CheckFailed(f"{failed.name}: {failed.detail}", hint=failed.hint)
     data = {"passed": found.passed, "checks": found.checks}
     return Result(data, (table(("check", "", ""), rows), "PASS" if found.passed else "FAIL"), failure)

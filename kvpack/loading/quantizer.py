@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kvpack.artifact.writer import INDEX_FILE
-from kvpack.core.errors import ArtifactError
+from kvpack.core.errors import ArtifactError, UsageError
 
 METHOD = "kvpack"
 
@@ -69,8 +69,16 @@ class KvpackQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        """Saving goes through `kvpack export`, which verifies what it writes."""
-        return False
+        """Never: asked by `save_pretrained`, which would write what cannot be verified.
+
+        Raises:
+            UsageError: always; the answer False would become a message that does not help.
+        """
+        raise UsageError(
+            "an artifact cannot be saved by transformers",
+            why="its manifest and checksums would be lost",
+            hint="copy the artifact's folder as it is, or make another with `kvpack export`",
+        )
 
     @property
     def is_trainable(self) -> bool:

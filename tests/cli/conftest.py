@@ -75,3 +75,21 @@ def demo_model() -> str:
     from kvpack.core.data_files import data_dir
 
     return str(data_dir("calibration") / "demo_model")
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random model of two layers."""
+    from tests.tiny_models import make_model
+
+    return str(make_model(tmp_path_factory.mktemp("cli") / "source"))
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny_source: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The random model with a two-bit cache that encodes after 32 tokens."""
+    from kvpack import pipeline
+
+    path = tmp_path_factory.mktemp("cli") / "artifact"
+    pipeline.export(pipeline.make_plan(tiny_source, "kivi", ["kv_cache.policy.recent_tokens=32"]), path)
+    return str(path)

@@ -97,3 +97,19 @@ def test_the_rotation_is_really_there(
             before = layer.self_attn.get_submodule(name).weight
             after = other.self_attn.get_submodule(name).weight
             assert (before - after).norm() > 0.5 * before.norm()
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *PARTIAL_ROTATION])
+def test_keys_are_stored_without_their_positions(
+    family: str, rotated: Callable[[str], tuple[PreTrainedModel, PreTrainedModel]]
+) -> None:
+    """In the first layer, one token repeated has one key before RoPE, wherever it stands."""
+    model = rotated(family)[1]
+    tokens = torch.full((1, 20), 77)
+    cache = new_cache(model, exact_prefill=False)
+    with torch.inference_mode():
+        model(tokens, past_key_values=cache, use_cache=True)
+    (piece,) = cache.layers[0]._planes["key"].store.pieces(0, 1_000)
+    stored = piece.tensors["values"]
+    assert stored.shape[-2] == 20
+    assert (stored - stored[..., :1, :]).abs().max() < 1e-4 * stored.abs().max()
