@@ -63,9 +63,8 @@ class Entry:
 
     def at(self, group: int) -> Entry:
         """With ``{group}`` filled in."""
-        fill = str(group)
-        overrides = tuple(o.replace("{group}", fill) for o in self.overrides)
-        return Entry(self.recipe, overrides, self.note.replace("{group}", fill))
+        overrides = tuple(o.replace("{group}", str(group)) for o in self.overrides)
+        return Entry(self.recipe, overrides, self.note.replace("{group}", str(group)))
 
     @property
     def label(self) -> str:
@@ -116,6 +115,8 @@ SECTIONS: dict[str, tuple[Entry, ...]] = {
         Entry("kivi"),
         Entry("kivi@2bit-per-token"),
         Entry("kivi", _old(key__group__size=8), "groups of 8 tokens"),
+        Entry("kivi", _old(value="{kind: identity}"), "values exact"),
+        Entry("kivi@2bit-per-token", _old(value="{kind: identity}"), "values exact"),
         *(
             Entry(f"rotatekv@2bit-{step}", _old(value="{kind: identity}"), "values exact")
             for step in ("rtn", "hadamard", "prerope")

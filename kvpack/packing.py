@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvpack.calibrate.store import Calibration
 from kvpack.core.errors import KvpackError
 from kvpack.core.pieces import row_pieces
-from kvpack.core.roles import Codec, Plane
+from kvpack.core.roles import Codec, Part, Plane
 from kvpack.core.types import Payload, State
 from kvpack.models.fold import fold_value
 from kvpack.models.weights import SourceReader
@@ -56,7 +56,7 @@ class Packing:
         layer = self._folded.get(name)
         if layer is None:
             return tensor
-        states = self._states(layer, "value")[: len(layer.value.transforms)]
+        states = self._states(layer, "value", layer.value.transforms)
         folded = fold_value(layer.attention, {name: tensor}, layer.value.transforms, states)
         return folded[name].to(tensor.dtype)
 
@@ -67,16 +67,16 @@ class Packing:
             state_name(layer.attention.layer, plane, i, name): tensor
             for layer in self.plan.kv
             for plane in PLANES
-            for i, state in enumerate(self._states(layer, plane))
+            for i, state in enumerate(self._states(layer, plane, layer.plane(plane).parts))
             for name, tensor in state.items()
         }
         return {name: found[name] for name in wanted}
 
-    def _states(self, layer: KVLayerPlan, plane: Plane) -> tuple[State, ...]:
-        """States of a plane's transforms and codec; without a calibration, those that need no data."""
+    def _states(self, layer: KVLayerPlan, plane: Plane, parts: Sequence[Part]) -> tuple[State, ...]:
+        """States of the first `parts` of a plane's chain; without a calibration they need no data."""
         if self.calibration is not None:
-            return self.calibration.states(layer.attention.layer, plane)
-        return tuple(part.fit({}) for part in layer.plane(plane).parts)
+            return self.calibration.states(layer.attention.layer, plane)[: len(parts)]
+        return tuple(part.fit({}) for part in parts)
 
     def pack(self, weight: WeightPlan) -> Payload:
         """Encode one linear layer: with the calibrated codes, or by its solver from the weight alone."""

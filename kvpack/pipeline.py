@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpack.artifact.manifest import FORMAT_VERSION, Manifest
+from kvpack.core.access import CLOSED, Access
 from kvpack.core.progress import SILENT, Progress
 from kvpack.model_card import model_card
 from kvpack.recipe.plan import Plan
@@ -24,17 +25,6 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 4_000_000_000
 """Weight bytes per file of an artifact."""
-
-
-@dataclass(frozen=True)
-class Access:
-    """What the user allows: the network, and running code from the model's folder."""
-
-    allow_download: bool = False
-    trust_remote_code: bool = False
-
-
-CLOSED = Access()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvpack.core.access import CLOSED, Access
 from kvpack.core.errors import ArtifactError, KvpackError
 from kvpack.core.progress import SILENT, Progress
 
@@ -53,8 +54,7 @@ def verify(
     path: Path,
     source: str | Path | None = None,
     *,
-    allow_download: bool = False,
-    trust_remote_code: bool = False,
+    access: Access = CLOSED,
     progress: Progress = SILENT,
 ) -> Verification:
     """Check an artifact; a failed check is an answer, not an exception.
@@ -62,8 +62,7 @@ def verify(
     Args:
         path: the artifact's folder.
         source: the model it was made from, folder or hub id.
-        allow_download: whether the source may come from the network.
-        trust_remote_code: let transformers run code from the model's folder.
+        access: whether the source may come from the network, and models bring code.
         progress: told about every stage.
 
     Raises:
@@ -85,11 +84,11 @@ def verify(
     if source is not None:
         from kvpack.models import open_model
 
-        model = open_model(source, allow_download=allow_download, trust_remote_code=trust_remote_code)
+        model = open_model(
+            source, allow_download=access.allow_download, trust_remote_code=access.trust_remote_code
+        )
         steps.append(("source", lambda: _source(artifact[0], model, progress)))
-    steps.append(
-        ("logits", lambda: _logits(artifact[0], source, allow_download, trust_remote_code, progress))
-    )
+    steps.append(("logits", lambda: _logits(artifact[0], source, access, progress)))
     for name, question in steps:
         if not run(name, question):
             break
@@ -173,26 +172,13 @@ def _differences(artifact: Artifact, plan: Plan, progress: Progress) -> Iterator
     progress("compare", len(names), len(names))
 
 
-def _logits(
-    artifact: Artifact,
-    source: str | Path | None,
-    allow_download: bool,
-    trust_remote_code: bool,
-    progress: Progress,
-) -> str:
+def _logits(artifact: Artifact, source: str | Path | None, access: Access, progress: Progress) -> str:
     from kvpack.evaluate.artifact import EvaluationSettings, evaluate
 
     probe = EvaluationSettings(
         context_tokens=PROBE_TOKENS, max_tokens=PROBE_CHUNKS * PROBE_TOKENS, protocols=("decode",)
     )
-    found = evaluate(
-        artifact.path,
-        source,
-        probe,
-        allow_download=allow_download,
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-    )
+    found = evaluate(artifact.path, source, probe, access=access, progress=progress)
     scores = next(iter(found.packed.values()))
     if not math.isfinite(scores.perplexity) or (scores.kl is not None and not math.isfinite(scores.kl)):
         raise _Failed("are NaN or Inf", where="logits", hint="try a gentler recipe")

@@ -16,6 +16,7 @@ from kvpack.cli.options import (
 )
 from kvpack.cli.plan import plan_result
 from kvpack.cli.run import Result, Session
+from kvpack.core.access import Access
 
 
 def calibrate(
@@ -33,7 +34,7 @@ def calibrate(
     """Measure a model on text once; many exports can use the result."""
     from kvpack import pipeline
 
-    access = pipeline.Access(allow_download, trust_remote_code)
+    access = Access(allow_download, trust_remote_code)
     plan = pipeline.make_plan(model, recipe, with_data(overrides, data), access)
     if dry_run:
         return plan_result(plan)

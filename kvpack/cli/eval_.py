@@ -10,6 +10,7 @@ import typer
 from kvpack.cli.console import table
 from kvpack.cli.options import AllowDownload, Artifact, Source, TrustRemoteCode
 from kvpack.cli.run import Result, Session
+from kvpack.core.access import Access
 from kvpack.core.errors import CheckFailed, UsageError
 from kvpack.evaluate.gates import METRICS, failed_gates, parse_gates
 from kvpack.evaluate.scores import Evaluation, Scores
@@ -84,8 +85,7 @@ def eval_(
         Path(path),
         source,
         settings,
-        allow_download=allow_download,
-        trust_remote_code=trust_remote_code,
+        access=Access(allow_download, trust_remote_code),
         progress=session.progress,
     )
     failures = failed_gates(found, gates)

@@ -22,6 +22,7 @@ from kvpack.cli.options import (
 )
 from kvpack.cli.plan import plan_result
 from kvpack.cli.run import Result, Session
+from kvpack.core.access import Access
 from kvpack.report import human_bytes
 
 ShardSize = Annotated[
@@ -53,7 +54,7 @@ def export(
     """Write the packed artifact; calibrates first when the recipe needs it."""
     from kvpack import pipeline
 
-    access = pipeline.Access(allow_download, trust_remote_code)
+    access = Access(allow_download, trust_remote_code)
     shard_bytes = byte_count(shard_size)
     plan = pipeline.make_plan(model, recipe, with_data(overrides, data), access)
     if dry_run:

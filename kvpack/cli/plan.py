@@ -11,6 +11,7 @@ from kvpack.cli.console import table
 from kvpack.cli.describe import describe, plane_text
 from kvpack.cli.options import AllowDownload, Model, Overrides, RecipeOption, TrustRemoteCode
 from kvpack.cli.run import Result, Session
+from kvpack.core.access import Access
 from kvpack.recipe.plan import KVLayerPlan, Plan, WeightPlan
 from kvpack.report import human_bytes, kv_bytes, kv_bytes_per_token, weight_bytes
 
@@ -30,7 +31,7 @@ def plan(
     trust_remote_code: TrustRemoteCode = False,
 ) -> Result:
     """Forecast the size of artifact and KV cache, to the byte; writes nothing."""
-    from kvpack.pipeline import Access, make_plan
+    from kvpack.pipeline import make_plan
 
     made = make_plan(model, recipe, overrides or (), Access(allow_download, trust_remote_code))
     return plan_result(made, context)

@@ -7,6 +7,7 @@ from pathlib import Path
 from kvpack.cli.console import table
 from kvpack.cli.options import AllowDownload, Artifact, Source, TrustRemoteCode
 from kvpack.cli.run import Result, Session
+from kvpack.core.access import Access
 from kvpack.core.errors import CheckFailed
 
 
@@ -23,8 +24,7 @@ def verify(
     found = run(
         Path(path),
         source,
-        allow_download=allow_download,
-        trust_remote_code=trust_remote_code,
+        access=Access(allow_download, trust_remote_code),
         progress=session.progress,
     )
     rows = [(c.name, "ok" if c.passed else "FAILED", c.detail) for c in found.checks]

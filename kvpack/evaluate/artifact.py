@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from kvpack.core.access import CLOSED, Access
 from kvpack.core.errors import UsageError
 from kvpack.core.progress import SILENT, Progress
 from kvpack.evaluate.protocols import PROTOCOLS, Protocol, chunks, measure
 from kvpack.evaluate.scores import Evaluation
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,7 @@ def evaluate(
     source: str | Path | None,
     settings: EvaluationSettings = EvaluationSettings(),
     *,
-    allow_download: bool = False,
-    trust_remote_code: bool = False,
+    access: Access = CLOSED,
     progress: Progress = SILENT,
 ) -> Evaluation:
     """Score the artifact at `path`, and its source beside it, in one run.
@@ -44,8 +47,7 @@ def evaluate(
         path: the artifact's folder.
         source: the uncompressed model, folder or hub id; None to score the artifact alone.
         settings: text and amounts.
-        allow_download: whether source and text may come from the network.
-        trust_remote_code: let transformers run code from the model's folder.
+        access: whether source and text may come from the network, and models bring code.
         progress: told after each batch.
 
     Raises:
@@ -53,28 +55,13 @@ def evaluate(
         UsageError: the text cannot be had or is too short, or the source has another vocabulary.
     """
     from kvpack.artifact.reader import read_manifest
-    from kvpack.calibrate.data import load_text
-    from kvpack.loading.load import load, load_source, load_tokenizer
+    from kvpack.loading.load import load
     from kvpack.runtime.install import new_cache
 
     manifest = read_manifest(path)
-    model = load(path, trust_remote_code=trust_remote_code)
-    reference = None
-    if source is not None:
-        reference = load_source(source, allow_download=allow_download, trust_remote_code=trust_remote_code)
-        theirs, ours = _vocabulary(reference), _vocabulary(model)
-        if theirs != ours:
-            raise UsageError(
-                f"knows {theirs:,} tokens, the artifact {ours:,}",
-                where=str(source),
-                hint="give the model that the artifact was made from",
-            )
-    text = load_text(settings.data, allow_download=allow_download)
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    context = min(settings.context_tokens, longest or settings.context_tokens)
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    documents = text.documents if settings.data.endswith(".jsonl") else ("\n\n".join(text.documents),)
-    pieces = chunks(documents, tokenizer, context, settings.max_tokens)
+    model = load(path, trust_remote_code=access.trust_remote_code)
+    reference = None if source is None else _reference(source, model, access)
+    name, pieces = _pieces(path, model, settings, access)
     measured = measure(
         model,
         reference,
@@ -86,9 +73,9 @@ def evaluate(
         progress=progress,
     )
     return Evaluation(
-        text=text.name,
+        text=name,
         tokens=sum(len(piece) - 1 for piece in pieces),
-        context_tokens=context,
+        context_tokens=max(len(piece) for piece in pieces),
         step_tokens=settings.step_tokens,
         packed=measured.packed,
         bits_per_weight=manifest.totals.bits_per_weight,
@@ -101,3 +88,31 @@ def evaluate(
 def _vocabulary(model: Any) -> int:
     """Tokens that a model's logits are about."""
     return int(model.config.get_text_config(decoder=True).vocab_size)
+
+
+def _reference(source: str | Path, model: Any, access: Access) -> Any:
+    """The source model, if it speaks the artifact's vocabulary."""
+    from kvpack.loading.load import load_source
+
+    reference = load_source(source, access)
+    theirs, ours = _vocabulary(reference), _vocabulary(model)
+    if theirs != ours:
+        raise UsageError(
+            f"knows {theirs:,} tokens, the artifact {ours:,}",
+            where=str(source),
+            hint="give the model that the artifact was made from",
+        )
+    return reference
+
+
+def _pieces(path: Path, model: Any, settings: EvaluationSettings, access: Access) -> tuple[str, list[Tensor]]:
+    """The text's name, and its chunks of token ids."""
+    from kvpack.calibrate.data import load_text
+    from kvpack.loading.load import load_tokenizer
+
+    text = load_text(settings.data, allow_download=access.allow_download)
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = min(settings.context_tokens, longest or settings.context_tokens)
+    tokenizer = load_tokenizer(path, trust_remote_code=access.trust_remote_code)
+    documents = text.documents if settings.data.endswith(".jsonl") else ("\n\n".join(text.documents),)
+    return text.name, chunks(documents, tokenizer, context, settings.max_tokens)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kvpack.artifact.damage import check_hashes
 from kvpack.artifact.reader import Artifact
+from kvpack.core.access import CLOSED, Access
 from kvpack.core.errors import ArtifactError
 from kvpack.models.attention import describe_attention
 from kvpack.models.skeleton import decoder_blocks
@@ -58,17 +59,15 @@ def load(
     return model
 
 
-def load_source(
-    reference: str | Path, *, allow_download: bool = False, trust_remote_code: bool = False
-) -> PreTrainedModel:
+def load_source(reference: str | Path, access: Access = CLOSED) -> PreTrainedModel:
     """Load an uncompressed model, to compare with; in its own dtype.
 
     Raises:
         SourceError: the folder or hub id leads to no model.
     """
-    folder, _ = resolve(reference, allow_download=allow_download)
+    folder, _ = resolve(reference, allow_download=access.allow_download)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code
+        folder, dtype="auto", local_files_only=True, trust_remote_code=access.trust_remote_code
     )
     return model
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from kvpack.core.errors import UnsupportedModel
 
@@ -117,3 +118,16 @@ def fused_rows(family: str, name: str, heads: Heads) -> Rows:
             hint=f"fused layouts are known for: {known}",
         )
     return layout(heads)
+
+
+ROPE_LAYERS: Mapping[str, Callable[[Any], bool]] = {
+    "cohere2": lambda attention: attention.sliding_window is not None,
+    "exaone4": lambda attention: attention.sliding_window is None or attention.is_sliding,
+    "smollm3": lambda attention: bool(attention.use_rope),
+}
+"""Families that leave RoPE out in some layers: which attention modules have it."""
+
+
+def has_rope(attention: Any) -> bool:
+    """Whether an attention module rotates its keys."""
+    return ROPE_LAYERS.get(attention.config.model_type, lambda _: True)(attention)

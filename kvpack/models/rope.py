@@ -21,6 +21,7 @@ from torch import nn
 
 from kvpack.core.errors import UnsupportedModel
 from kvpack.core.types import Rope
+from kvpack.models.families import has_rope
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,11 +65,24 @@ class ModelRope:
         return turned if self.channels is None else torch.cat((turned, x[..., self.channels :]), -1)
 
 
+@dataclass(frozen=True)
+class NoRope:
+    """A layer whose keys carry no position."""
+
+    def apply(self, x: Tensor, positions: Tensor) -> Tensor:
+        """`x` as it is."""
+        return x
+
+    def undo(self, x: Tensor, positions: Tensor) -> Tensor:
+        """`x` in float32."""
+        return x.float()
+
+
 def rope_of(model: nn.Module, attention: nn.Module) -> Rope:
     """The RoPE of one attention module of `model`.
 
     Raises:
-        UnsupportedModel: no rotary module, several, a foreign rotation function, or frequencies
+        UnsupportedModel: no rotary module or several, a foreign rotation function, or frequencies
             that change with the length of the text, so that stored keys cannot be un-rotated.
     """
     where = type(attention).__name__
@@ -77,8 +91,8 @@ def rope_of(model: nn.Module, attention: nn.Module) -> Rope:
         raise UnsupportedModel(
             f"its module has no {_FUNCTION}(q, k, cos, sin)", where=where, why="un-RoPE needs the rotation"
         )
-    if getattr(attention, "use_rope", True) is False:
-        raise UnsupportedModel("this layer has no RoPE", where=where)
+    if not has_rope(attention):
+        return NoRope()
     rotary = _rotary_module(model, attention)
     layer_type = _layer_type(rotary, attention)
     _check_fixed(rotary, layer_type, where)

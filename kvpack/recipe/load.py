@@ -81,6 +81,8 @@ def _override(root: Node, override: str, errors: list[RecipeError]) -> Node:
     try:
         if not equals or not path:
             raise RecipeError(f"{override!r} is not key.path=value", where="--set")
+        # A role such as @mlp is text, but no YAML without quotes.
+        text = json.dumps(text) if text.startswith("@") else text
         value = parse(text, f"--set {path}").plain() if text.strip() else None
         return set_path(root, path, Node.of(value, Position("--set")))
     except RecipeError as error:

@@ -94,3 +94,30 @@ def test_length_dependent_rope_is_refused(tmp_path):
     view.load_block(0, SourceReader.of(spec))
     with pytest.raises(UnsupportedModel, match="'dynamic' cannot be undone"):
         rope_of(view.model, view.attention(0))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}),
+        ("cohere2", {"sliding_window": 24, "layer_types": "alternate"}),
+        ("exaone4", {"sliding_window": 24, "layer_types": "alternate"}),
+    ],
+)
+def test_layers_without_rope_are_left_alone(tmp_path, tokens, family, settings):
+    """Their keys do not depend on the position; those of the other layers do."""
+    spec = open_model(make_model(tmp_path, family, layers=4, **settings))
+    view = ModelView.build(spec)
+    moved = [
+        not torch.equal(rope.apply(x, _positions(tokens) + 9), x)
+        for x in [torch.ones(1, 2, tokens.shape[1], 16)]
+        for rope in [rope_of(view.model, view.attention(layer)) for layer in range(4)]
+    ]
+    view.load_outer(SourceReader.of(spec))
+    for layer in range(4):
+        view.load_block(layer, SourceReader.of(spec))
+    same = tokens[:1, :1].expand(1, 12)
+    keys = _captured(view.model, same)
+    # One token repeated: without RoPE the keys of the first layer are the same at every position.
+    assert moved[0] == (not torch.allclose(keys[0][:, :, :1].expand_as(keys[0]), keys[0], atol=1e-6))
+    assert sorted(set(moved)) == [False, True]
