@@ -37,17 +37,15 @@ import kvpack
 from kvpack.artifact.reader import read_manifest
 from kvpack.calibrate.data import load_text
 from kvpack.core.data_files import data_dir
-from kvpack.evaluate.protocols import Measured, Protocol, chunks, measure
+from kvpack.evaluate.protocols import Measured, Protocol, chunks, longest_step, measure
 from kvpack.evaluate.scores import Scores
 from kvpack.loading.load import load, load_source, load_tokenizer
 from kvpack.pipeline import export, make_plan
-from kvpack.recipe.plan import Plan
 from kvpack.runtime.install import new_cache
 
 CONTEXT_TOKENS = 1024
 DECODE_CONTEXT = 384
 """Tokens per chunk of protocol B, short so that most recipes can go token by token."""
-STEP_TOKENS = 32
 ERROR_PIECES = 4
 """Chunks whose keys are compared one by one."""
 BUILTIN = "builtin:stdlib"
@@ -230,7 +228,7 @@ def measure_entry(subject: Subject, entry: Entry, scratch: Path, decode: bool) -
     bits = read_manifest(path).totals.bits_per_weight
     model = load(path)
     for protocol in ("prefill", "decode") if decode else ("prefill",):
-        step = step_tokens(plan)
+        step = longest_step(plan.kv)
         pieces = subject.pieces if protocol == "prefill" else subject.decode_pieces
         found = run(model, subject.source, pieces, protocol, step, cached=bool(plan.kv))
         row = _row(entry, found, bits, step if protocol == "decode" else None)
@@ -261,16 +259,6 @@ def key_error(model: Any, source: Any, pieces: Sequence[Tensor]) -> float:
                 error += float((stored.float() - keys.float()).square().sum())
                 total += float(keys.float().square().sum())
     return error / total
-
-
-def step_tokens(plan: Plan) -> int:
-    """Tokens per decoding step: several only where every policy keeps at least as many exact.
-
-    Otherwise tokens of one step would see each other exactly, and sink detection would take every
-    step for a prompt.
-    """
-    windows = [getattr(layer.policy, "recent_tokens", 0) for layer in plan.kv]
-    return STEP_TOKENS if windows and min(windows) >= STEP_TOKENS else 1
 
 
 def run(

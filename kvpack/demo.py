@@ -19,7 +19,7 @@ PROMPTS = (
     "To install the program, first",
 )
 NEW_TOKENS = 40
-EVALUATION = EvaluationSettings(context_tokens=1024, max_tokens=8192)
+EVALUATION = EvaluationSettings(context_tokens=512, max_tokens=4096)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,10 @@ Context = Annotated[
     int, typer.Option("--context", min=2, help="Tokens per chunk, at most what the model was made for.")
 ]
 Step = Annotated[
-    int,
-    typer.Option("--step", min=1, help="Tokens per step in decode; 1 is as in generation, more is faster."),
+    int | None,
+    typer.Option(
+        "--step", min=1, help="Tokens per step in decode; by default the most that scores as single steps do."
+    ),
 ]
 KV = Annotated[
     str,
@@ -62,8 +64,8 @@ def eval_(
     gate: Gates = None,
     kv: KV = "both",
     context: Context = 1024,
-    max_tokens: Tokens = 16384,
-    step: Step = 32,
+    max_tokens: Tokens = 8192,
+    step: Step = None,
     allow_download: AllowDownload = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Result:

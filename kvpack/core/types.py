@@ -136,7 +136,8 @@ class CacheView:
 
     `hidden` is the decoder layer's input [B, T, C] (None unless the policy asks for it),
     `valid` marks tokens that are not padding [B, T] (None: all are), `seen` counts the valid
-    tokens of each row that came before [B].
+    tokens of each row that came before [B]. `memory` holds tensors [B, ...] that a policy wants to
+    find again at the layer's next update; it may add to it and replace entries.
     """
 
     layer: int
@@ -145,6 +146,7 @@ class CacheView:
     seen: Tensor
     valid: Tensor | None = None
     hidden: Tensor | None = None
+    memory: State = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

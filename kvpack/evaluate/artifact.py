@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvpack.core.access import CLOSED, Access
 from kvpack.core.errors import UsageError
 from kvpack.core.progress import SILENT, Progress
-from kvpack.evaluate.protocols import PROTOCOLS, Protocol, chunks, measure
+from kvpack.evaluate.protocols import PROTOCOLS, Protocol, chunks, longest_step, measure
 from kvpack.evaluate.scores import Evaluation
 
 if TYPE_CHECKING:
@@ -22,14 +22,15 @@ class EvaluationSettings:
     """What to score on, and how much of it.
 
     Rows of a .jsonl file are scored apart, each up to `context_tokens`; all other texts are joined
-    by blank lines and cut into chunks.
+    by blank lines and cut into chunks. `step_tokens` None takes the longest step that changes
+    nothing, see `longest_step`.
     """
 
     data: str = "builtin:stdlib"
     context_tokens: int = 1024
-    max_tokens: int = 16384
-    step_tokens: int = 32
-    batch: int = 4
+    max_tokens: int = 8192
+    step_tokens: int | None = None
+    batch: int = 8
     protocols: Sequence[Protocol] = PROTOCOLS
 
 
@@ -62,13 +63,14 @@ def evaluate(
     model = load(path, trust_remote_code=access.trust_remote_code)
     reference = None if source is None else _reference(source, model, access)
     name, pieces = _pieces(path, model, settings, access)
+    step = settings.step_tokens or longest_step(manifest.kv)
     measured = measure(
         model,
         reference,
         pieces,
         new_cache=(lambda exact: new_cache(model, exact_prefill=exact)) if manifest.kv else None,
         protocols=settings.protocols,
-        step_tokens=settings.step_tokens,
+        step_tokens=step,
         batch=settings.batch,
         progress=progress,
     )
@@ -76,7 +78,7 @@ def evaluate(
         text=name,
         tokens=sum(len(piece) - 1 for piece in pieces),
         context_tokens=max(len(piece) for piece in pieces),
-        step_tokens=settings.step_tokens,
+        step_tokens=step,
         packed=measured.packed,
         bits_per_weight=manifest.totals.bits_per_weight,
         source=measured.source,

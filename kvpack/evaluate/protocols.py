@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvpack.core.errors import UsageError
 from kvpack.core.progress import SILENT, Progress
 from kvpack.evaluate.scores import Scores, Tally
+from kvpack.recipe.plan import PLANES, KVLayerPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,8 +85,8 @@ def measure(
     *,
     new_cache: NewCache | None,
     protocols: Sequence[Protocol] = PROTOCOLS,
-    step_tokens: int = 32,
-    batch: int = 4,
+    step_tokens: int = 1,
+    batch: int = 8,
     progress: Progress = SILENT,
 ) -> Measured:
     """Score a packed model, and its source beside it, on `pieces`.
@@ -100,41 +101,75 @@ def measure(
             equal where tokens are encoded at the same positions: in windows of whole blocks that
             the step divides. Elsewhere a token sees up to a step more of its past exactly.
         batch: chunks scored together.
-        progress: told after each batch.
+        progress: told after each step, in tokens over all measurements.
     """
     import torch
 
     names: Sequence[str] = protocols if new_cache is not None else ("weights",)
     reference, tallies = Tally(), {name: Tally() for name in names}
     held = [0, 0, 0]
-    done, total = 0, sum(len(p) for p in pieces)
+    done, total = 0, sum(len(p) for p in pieces) * len(names)
+
+    def tick(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        progress("evaluate", done, total)
+
+    progress("evaluate", 0, total)
     with torch.inference_mode():
         for ids in batches(pieces, batch):
-            progress("evaluate", done, total)
             exact = None if source is None else source(ids, use_cache=False).logits[:, :-1]
             if exact is not None:
                 reference.add(exact, ids[:, 1:])
             for name, tally in tallies.items():
-                logits, cache = _run(packed, ids, name, new_cache, step_tokens)
+                logits, cache = _run(packed, ids, name, new_cache, step_tokens, tick)
                 tally.add(logits[:, :-1], ids[:, 1:], exact)
                 if cache is not None and name == names[-1]:
                     now = (cache.nbytes, cache.elements, ids.numel())
                     held = [a + b for a, b in zip(held, now, strict=True)]
-            done += ids.numel()
-    progress("evaluate", total, total)
     packed_scores = {name: tally.scores() for name, tally in tallies.items()}
     return Measured(packed_scores, None if source is None else reference.scores(), *held)
 
 
 def _run(
-    model: Any, ids: Tensor, protocol: str, new_cache: NewCache | None, step_tokens: int
+    model: Any,
+    ids: Tensor,
+    protocol: str,
+    new_cache: NewCache | None,
+    step_tokens: int,
+    tick: Callable[[int], None],
 ) -> tuple[Tensor, Any]:
     """Logits [B, T, V] of `model` under one protocol, and the cache it used."""
     import torch
 
-    if new_cache is None:
-        return model(ids, use_cache=False).logits, None
-    cache = new_cache(protocol == "decode")
+    cache = None if new_cache is None else new_cache(protocol == "decode")
     steps = torch.split(ids, step_tokens, 1) if protocol == "decode" else (ids,)
-    logits = [model(step, past_key_values=cache, use_cache=True).logits for step in steps]
+    logits = []
+    for step in steps:
+        logits.append(model(step, past_key_values=cache, use_cache=cache is not None).logits)
+        tick(step.numel())
     return torch.cat(logits, dim=1), cache
+
+
+def longest_step(layers: Iterable[KVLayerPlan], at_most: int = 32) -> int:
+    """Tokens that ``decode`` may feed per step and still score what token by token would.
+
+    A window of whole blocks must be a multiple of the step; a window without blocks must reach at
+    least as far back. Schemes without a window, and policies that search pieces of a prompt for
+    sinks, go token by token.
+    """
+    planes = [(layer.policy, layer.plane(p).codec.token_block, p) for layer in layers for p in PLANES]
+
+    def safe(step: int) -> bool:
+        for policy, block, plane in planes:
+            if policy.needs_hidden or (block == 1 and policy.leaving(step, 1, plane)):
+                return False
+            if block > 1:
+                full = next((n for n in range(step, 65 * at_most) if policy.leaving(n, block, plane)), step)
+                if full % step or policy.leaving(step - 1, block, plane):
+                    return False
+        return True
+
+    return next(
+        step for step in (at_most >> i for i in range(at_most.bit_length())) if step == 1 or safe(step)
+    )

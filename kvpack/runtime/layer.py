@@ -57,6 +57,7 @@ class KVPackLayer(CacheLayerMixin):
             states = [{n: t.to(like.device) for n, t in state.items()} for state in self._states[name]]
             self._planes[name] = PlaneCache(self.plan.plane(name), states, site, like)
         self._overlay = Overlay(key_states)
+        self._memory: State = {}
         self.batch_size = key_states.shape[0]
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
@@ -110,6 +111,7 @@ class KVPackLayer(CacheLayerMixin):
             self.track.seen(keys.device),
             self.track.valid_of(past, past + keys.shape[2]),
             self.track.hidden.pop(self.plan.attention.layer, None),
+            self._memory,
         )
         chosen = self.plan.policy.protect(view)
         if chosen is not None:
@@ -227,6 +229,8 @@ class KVPackLayer(CacheLayerMixin):
             for plane in self._planes.values():
                 plane.select(beam_idx)
             self._overlay.select(beam_idx)
+            for name, tensor in self._memory.items():
+                self._memory[name] = tensor.index_select(0, beam_idx.to(tensor.device))
             self.batch_size = len(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:

@@ -10,10 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import kvpack
+from kvpack.core.data_files import data_dir
 from kvpack.core.errors import UsageError
 from kvpack.evaluate.artifact import EvaluationSettings, evaluate
-from kvpack.evaluate.protocols import PROTOCOLS, Measured, measure
+from kvpack.evaluate.protocols import PROTOCOLS, Measured, longest_step, measure
 from kvpack.evaluate.scores import Evaluation
+from kvpack.pipeline import make_plan
 from kvpack.runtime.install import new_cache
 from tests.evaluate.conftest import IDENTITY, Packed, affine, kv_recipe
 from tests.tiny_models import VOCAB, make_model
@@ -167,3 +169,21 @@ def test_a_source_with_another_vocabulary_is_refused(packed: Packed, text_file: 
     other = make_model(tmp_path / "other", layers=1, vocab_size=300)
     with pytest.raises(UsageError, match="knows 300 tokens, the artifact 256"):
         scores(packed(blocks(2)), other, text_file)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "step"), [("kivi", 32), ("kivi@2bit-per-token", 32), ("rotatekv", 1), ("fp8", 1)]
+)
+def test_steps_are_as_long_as_the_scheme_allows(recipe: str, step: int) -> None:
+    plan = make_plan(data_dir("calibration") / "demo_model", recipe)
+    assert longest_step(plan.kv) == step
+
+
+@pytest.mark.parametrize(("window", "step"), [(0, 16), (24, 32), (32, 32), (48, 16)])
+def test_the_step_divides_windows_of_whole_blocks(window: int, step: int) -> None:
+    """Blocks of 16 tokens on both sides; a window is rounded up to whole blocks, at least one."""
+    codec = "{kind: affine, group: {axis: token, size: 16}}"
+    sides = [f"kv_cache.tiers.old.{side}={codec}" for side in ("key", "value")]
+    settings = [*sides, f"kv_cache.policy.recent_tokens={window}"]
+    plan = make_plan(data_dir("calibration") / "demo_model", "kivi", settings)
+    assert longest_step(plan.kv) == step

@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SinkDetect(TierPolicy):
-    """Keeps the tokens that hold the `top_values` largest |hidden| of an update exact.
+    """Keeps the tokens that hold the `top_values` largest |hidden| of a row exact.
 
     `hidden` is the decoder layer's input; the search runs over tokens and channels of each row
     together, so several values usually fall on one token. Padding is not searched. Updates of a
     single token are never protected. Source: RotateKV, arXiv 2501.16383, section 3.3. Deviation:
-    every update of several tokens is searched, not only the first, so that later turns of a
-    conversation are covered.
+    every update of several tokens is searched, not only the first. A later one protects what
+    enters the largest values of all that were searched, so that further turns of a conversation
+    are covered while short pieces of a prompt do not each claim their own sinks.
     """
 
     top_values: int = field(default=20, metadata={"minimum": 1})
@@ -53,10 +54,14 @@ class SinkDetect(TierPolicy):
         magnitude = view.hidden.abs().float()
         if view.valid is not None:
             magnitude = magnitude.masked_fill(~view.valid.unsqueeze(-1), -1.0)
-        flat = magnitude.flatten(1)
-        top = flat.topk(min(self.top_values, flat.shape[-1]), dim=-1).indices // magnitude.shape[-1]
-        found = torch.zeros((view.batch, view.tokens), dtype=torch.bool, device=top.device)
-        found = found.scatter(1, top, True)
+        values, where = magnitude.flatten(1).topk(min(self.top_values, magnitude[0].numel()), dim=-1)
+        largest = values
+        if "largest" in view.memory:
+            largest = torch.cat((view.memory["largest"], values), -1)
+            largest = largest.topk(min(self.top_values, largest.shape[-1]), dim=-1).values
+        view.memory["largest"] = largest
+        found = torch.zeros((view.batch, view.tokens), dtype=torch.bool, device=values.device)
+        found = found.scatter(1, where // magnitude.shape[-1], values >= largest[:, -1:])
         return found if view.valid is None else found & view.valid
 
     def protected_tokens(self) -> int:

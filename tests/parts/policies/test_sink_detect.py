@@ -44,6 +44,25 @@ def test_short_prompts_are_protected_whole() -> None:
     assert found(SinkDetect(), random(1, 2, 4)) == [[0, 1]]
 
 
+def test_later_pieces_compete_with_the_largest_values_so_far() -> None:
+    """A prompt in pieces protects few more tokens than in one piece, and still finds late sinks."""
+    hidden = random(2, 60, 8)
+    hidden[0, 3, :2] = 300
+    hidden[0, 50, 1] = 200
+    hidden[1, 20, 4:6] = 100
+    policy, memory = SinkDetect(top_values=2), {}
+    pieces = []
+    for start in range(0, 60, 20):
+        piece = hidden[:, start : start + 20]
+        view = CacheView(0, 2, 20, SEEN + start, None, piece, memory)
+        pieces.append(policy.protect(view))
+    rows = [row.nonzero().flatten().tolist() for row in torch.cat(pieces, -1)]
+    assert rows[0] == [3], "200 at token 50 is below the two values of 300"
+    assert 20 in rows[1]
+    assert len(rows[1]) <= 3
+    assert sorted(memory["largest"][1].tolist()) == [100, 100]
+
+
 def test_single_tokens_are_not_protected() -> None:
     assert SinkDetect().protect(CacheView(0, 1, 1, SEEN[:1], None, 1e6 * random(1, 1, 16))) is None
 
