@@ -27,8 +27,8 @@ class EvaluationSettings:
     """
 
     data: str = "builtin:stdlib"
-    context_tokens: int = 1024
-    max_tokens: int = 8192
+    context_tokens: int = 512
+    max_tokens: int = 4096
     step_tokens: int | None = None
     batch: int = 8
     protocols: Sequence[Protocol] = PROTOCOLS
