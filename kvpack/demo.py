@@ -8,7 +8,7 @@ from pathlib import Path
 from kvpack.core.data_files import data_dir
 from kvpack.core.errors import CheckFailed
 from kvpack.core.progress import SILENT, Progress
-from kvpack.evaluate.artifact import evaluate
+from kvpack.evaluate.artifact import EvaluationSettings, evaluate
 from kvpack.evaluate.scores import Evaluation
 from kvpack.pipeline import export, make_plan
 from kvpack.recipe.plan import Plan
@@ -19,6 +19,7 @@ PROMPTS = (
     "To install the program, first",
 )
 NEW_TOKENS = 40
+EVALUATION = EvaluationSettings()
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def run(recipe: str, out: Path, *, force: bool = False, progress: Progress = SIL
     if not verification.passed:
         failed = next(check for check in verification.checks if not check.passed)
         raise CheckFailed(f"{failed.name}: {failed.detail}", hint=failed.hint)
-    evaluation = evaluate(out, source, progress=progress)
+    evaluation = evaluate(out, source, EVALUATION, progress=progress)
     return Demo(plan, exported.nbytes, verification, evaluation, _continue(source, out, progress))
 
 
