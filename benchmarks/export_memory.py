@@ -98,15 +98,16 @@ def _save(folder: Path, name: str, shard: dict[str, torch.Tensor], weight_map: d
     return sum(t.numel() * t.element_size() for t in shard.values())
 
 
-def export(source: Path, out: Path, recipe: str, layers: int, source_bytes: int) -> Run:
+def export(source: Path, out: Path, recipe: list[str], layers: int, source_bytes: int) -> Run:
     """Export in a fresh process and read its peak memory from the operating system."""
     code = (
-        "import resource, runpy, sys; sys.argv = ['kvpack', *sys.argv[1:]]\n"
+        "import sys; sys.argv = ['kvpack', *sys.argv[1:]]\n"
         "from kvpack.cli import main\n"
+        "from kvpack.core.memory import peak_memory_bytes\n"
         "try:\n    main()\n"
-        "finally:\n    print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        "finally:\n    print('PEAK', peak_memory_bytes())\n"
     )
-    command = [sys.executable, "-c", code, "export", str(source), "--recipe", recipe, "-o", str(out)]
+    command = [sys.executable, "-c", code, "export", str(source), *recipe, "-o", str(out)]
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
@@ -114,17 +115,17 @@ def export(source: Path, out: Path, recipe: str, layers: int, source_bytes: int)
         raise SystemExit(f"export failed ({done.returncode}):\n{done.stdout}\n{done.stderr}")
     peak = next(int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("PEAK"))
     size = sum(f.stat().st_size for f in out.iterdir())
-    return Run(layers, source_bytes, size, peak * 1024, seconds)
+    return Run(layers, source_bytes, size, peak, seconds)
 
 
-def report(runs: list[Run], recipe: str) -> str:
+def report(runs: list[Run], recipe: list[str]) -> str:
     """A Markdown table with the bound beside each measurement."""
     largest = VOCABULARY * HIDDEN * 2
     bound = GIB + 3 * largest
     lines = [
-        f"# Peak memory of `kvpack export --recipe {recipe}`",
+        f"# Peak memory of `kvpack export MODEL {' '.join(recipe)}`",
         "",
-        f"Command: `python benchmarks/export_memory.py --recipe {recipe}`. "
+        f"Command: `python benchmarks/export_memory.py {' '.join(recipe)}`. "
         f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, {torch.get_num_threads()} threads.",
         "",
@@ -146,18 +147,20 @@ def main() -> None:
     """Run the measurements and print or write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="w4@rtn")
+    parser.add_argument("--set", action="append", default=[], help="as of kvpack export")
     parser.add_argument("--layers", type=int, nargs="+", default=[12, 24])
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    recipe = ["--recipe", arguments.recipe, *(word for change in arguments.set for word in ("--set", change))]
     runs = []
     for layers in arguments.layers:
         with tempfile.TemporaryDirectory() as scratch:
             source = Path(scratch, "source")
             source.mkdir()
             size = write_source(source, layers)
-            runs.append(export(source, Path(scratch, "out"), arguments.recipe, layers, size))
+            runs.append(export(source, Path(scratch, "out"), recipe, layers, size))
             print(runs[-1], file=sys.stderr)
-    text = report(runs, arguments.recipe)
+    text = report(runs, recipe)
     if arguments.output:
         arguments.output.write_text(text)
     print(text)

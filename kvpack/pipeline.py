@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvpack.artifact.manifest import FORMAT_VERSION, Manifest
 from kvpack.core.access import CLOSED, Access
+from kvpack.core.memory import return_large_blocks
 from kvpack.core.progress import SILENT, Progress
 from kvpack.model_card import model_card
 from kvpack.recipe.plan import Plan
@@ -65,6 +66,7 @@ def calibrate(
     from kvpack.core.atomic import check_free
     from kvpack.models.scan import scan
 
+    return_large_blocks()
     check_free(out, force=force)
     return _calibrate(plan, out, scan(plan.model, progress), force, access, progress)
 
@@ -124,6 +126,7 @@ def export(
     from kvpack.artifact.writer import ArtifactWriter
     from kvpack.models.scan import scan
 
+    return_large_blocks()
     planned = sum(spec.nbytes for spec in plan.artifact_tensors().values())
     given = None if calibration is None else _open_calibration(calibration, plan)
     with ArtifactWriter(out, force=force, planned_bytes=planned) as writer:

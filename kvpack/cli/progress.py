@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -10,22 +9,14 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from kvpack.core.memory import peak_memory_bytes
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
 LINE_SECONDS = 10.0
 """Shortest time between two lines of one stage, first and last excepted."""
-
-
-def peak_memory_bytes() -> int:
-    """Peak resident memory of this process; 0 where the platform does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Reporter:
