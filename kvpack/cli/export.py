@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,10 +23,24 @@ from kvpack.cli.options import (
 from kvpack.cli.plan import plan_result
 from kvpack.cli.run import Result, Session
 from kvpack.core.access import Access
+from kvpack.recipe.plan import Plan
 from kvpack.report import human_bytes
+
+if TYPE_CHECKING:
+    from kvpack.pipeline import Exported
 
 ShardSize = Annotated[
     str, typer.Option("--shard-size", metavar="SIZE", help="Weights per file, e.g. 4GB or 512MiB.")
+]
+
+
+CalibrationFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FOLDER",
+        help="Use what kvpack calibrate wrote; without it, calibrate when the recipe needs it.",
+    ),
 ]
 
 
@@ -35,14 +49,7 @@ def export(
     model: Model,
     recipe: RecipeOption,
     output: Output,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            "--calibration",
-            metavar="FOLDER",
-            help="Use what kvpack calibrate wrote; without it, calibrate when the recipe needs it.",
-        ),
-    ] = None,
+    calibration: CalibrationFolder = None,
     data: Data = None,
     overrides: Overrides = None,
     force: Force = False,
@@ -68,9 +75,13 @@ def export(
         access=access,
         progress=session.progress,
     )
+    return _result(made, plan)
+
+
+def _result(made: Exported, plan: Plan) -> Result:
     totals = made.manifest.totals
     found = {
-        "path": str(output),
+        "path": str(made.path),
         "bytes": made.nbytes,
         "weight_bytes": totals.weight_bytes,
         "planned_weight_bytes": sum(t.nbytes for t in plan.artifact_tensors().values()),
@@ -80,8 +91,8 @@ def export(
     }
     weights = f"{human_bytes(totals.weight_bytes)}, {totals.bits_per_weight:.2f} bits per weight"
     lines = (
-        f"wrote {output}: {human_bytes(made.nbytes)} in {len(made.manifest.files) + 1} files",
+        f"wrote {made.path}: {human_bytes(made.nbytes)} in {len(made.manifest.files) + 1} files",
         f"weights: {weights}; the source has {human_bytes(plan.model.nbytes)}",
-        f'next: kvpack verify {output}, or in Python: kvpack.load("{output}")',
+        f'next: kvpack verify {made.path}, or in Python: kvpack.load("{made.path}")',
     )
     return Result(found, lines)
