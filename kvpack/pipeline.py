@@ -200,8 +200,6 @@ def _write(
         source_hashes=hashes,
         relative_errors=packing.relative_errors,
         calibration=None if calibration is None else calibration.origin,
-        repository=plan.model.repository,
-        seed=plan.recipe.recipe.calibration.seed,
     )
 
 

@@ -19,6 +19,7 @@ from kvpack.artifact.manifest import (
 )
 from kvpack.artifact.writer import Written
 from kvpack.recipe.plan import Plan, WeightPlan
+from kvpack.recipe.recipe import LoadedRecipe
 
 
 def library_versions() -> dict[str, str]:
@@ -34,8 +35,6 @@ def manifest_of(
     source_hashes: Mapping[str, str],
     relative_errors: Mapping[str, float],
     calibration: Mapping[str, Any] | None = None,
-    repository: str | None = None,
-    seed: int = 0,
 ) -> Manifest:
     """Describe a written artifact.
 
@@ -45,21 +44,12 @@ def manifest_of(
         source_hashes: sha256 of every weight file of the source.
         relative_errors: by packed layer.
         calibration: fingerprint of what was calibrated on.
-        repository: hub id of the source.
-        seed: of every random number generator.
     """
     loaded, model = plan.recipe, plan.model
     weight_bytes = sum(record.nbytes for record in written.tensors.values())
     return Manifest(
-        base_model=_base_model(plan, source_hashes, repository),
-        recipe=RecipeRecord(
-            name=loaded.recipe.name,
-            path=loaded.path.replace("\\", "/").rpartition("/")[2],
-            source=loaded.source,
-            sha256=loaded.sha256,
-            overrides=loaded.overrides,
-            variant=loaded.variant,
-        ),
+        base_model=_base_model(plan, source_hashes),
+        recipe=_recipe(loaded),
         resolved_recipe=loaded.resolved,
         weights={
             n: _packed(n, w, written, model.tensors[w.linear.weight].dtype, relative_errors)
@@ -76,13 +66,24 @@ def manifest_of(
         ),
         files=written.files,
         calibration=calibration,
-        seed=seed,
+        seed=loaded.recipe.calibration.seed,
         versions=library_versions(),
         kvpack_version=__version__,
     )
 
 
-def _base_model(plan: Plan, source_hashes: Mapping[str, str], repository: str | None) -> BaseModel:
+def _recipe(loaded: LoadedRecipe) -> RecipeRecord:
+    return RecipeRecord(
+        name=loaded.recipe.name,
+        path=loaded.path.replace("\\", "/").rpartition("/")[2],
+        source=loaded.source,
+        sha256=loaded.sha256,
+        overrides=loaded.overrides,
+        variant=loaded.variant,
+    )
+
+
+def _base_model(plan: Plan, source_hashes: Mapping[str, str]) -> BaseModel:
     model = plan.model
     return BaseModel(
         architecture=model.architecture,
@@ -91,7 +92,7 @@ def _base_model(plan: Plan, source_hashes: Mapping[str, str], repository: str | 
         parameters=model.parameters,
         files={f: FileRecord((model.path / f).stat().st_size, source_hashes[f]) for f in model.files},
         tied=model.tied,
-        repository=repository,
+        repository=model.repository,
         revision=model.revision,
     )
 

@@ -69,11 +69,6 @@ class CalibrationText:
             digest.update(len(raw).to_bytes(8, "little") + raw)
         return digest.hexdigest()
 
-    @property
-    def characters(self) -> int:
-        """Length of all documents."""
-        return sum(len(d) for d in self.documents)
-
 
 def load_text(spec: str, *, allow_download: bool = False) -> CalibrationText:
     """Load calibration text.

@@ -90,20 +90,6 @@ class ChannelSum(Accumulator):
         return total.add_(part)
 
 
-class ChannelAbsMax(Accumulator):
-    """Largest magnitude of every channel over batch and tokens, float32 [K, D]."""
-
-    kind, name = "channel_absmax", "absmax"
-
-    def measure(self, x: Tensor) -> Tensor:
-        """Maximum of |x| over B and T."""
-        return x.float().abs().amax(dim=(0, 2))
-
-    def combine(self, total: Tensor, part: Tensor) -> Tensor:
-        """Elementwise maximum."""
-        return torch.maximum(total, part)
-
-
 def accumulator(kind: str) -> Accumulator:
     """A new accumulator of a kind.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kvpack.artifact.damage import check_hashes
 from kvpack.artifact.reader import Artifact
@@ -15,6 +15,7 @@ from kvpack.core.errors import ArtifactError
 from kvpack.models.attention import describe_attention
 from kvpack.models.skeleton import decoder_blocks
 from kvpack.models.source import resolve
+from kvpack.models.tokenizer import open_tokenizer
 from kvpack.runtime.install import install
 from kvpack.runtime.linear import replace_linears
 
@@ -78,15 +79,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         ArtifactError: there is none, or it is broken.
     """
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            "its tokenizer cannot be loaded",
-            where=str(path),
-            why=str(error).strip().splitlines()[0],
-            hint="export from a source folder that holds tokenizer.json and tokenizer_config.json",
-        ) from error
+    return open_tokenizer(Path(path), ArtifactError, trust_remote_code=trust_remote_code)
 
 
 def prepare(model: Any, artifact: Artifact) -> None:

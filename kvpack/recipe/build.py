@@ -16,10 +16,10 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Union
 
-from kvpack.core.errors import KvpackError, RecipeError, RecipeErrors
+from kvpack.core.errors import KvpackError, RecipeError
 from kvpack.core.registry import find, kind_of, kinds, singular
 from kvpack.core.roles import ROLES, Part
-from kvpack.recipe.yaml_lines import Node, Position
+from kvpack.recipe.yaml_lines import Node
 
 INVALID: Any = object()
 """Stands for a value whose errors were recorded."""
@@ -73,25 +73,6 @@ def build(annotation: Any, node: Node, path: str, errors: list[RecipeError]) -> 
         The value, or `INVALID` when anything below it was wrong.
     """
     return _Builder(errors).value(annotation, node, path, {})
-
-
-def build_part(
-    role: str, mapping: Mapping[str, Any], *, where: str = "", error: type[KvpackError] = RecipeError
-) -> Part:
-    """Make a part from plain data with a `kind` key: the inverse of `to_mapping`.
-
-    Args:
-        role: folder under `kvpack/parts`.
-        mapping: kind and settings.
-        where: place of the data, for messages.
-        error: class of the error to raise.
-    """
-    errors: list[RecipeError] = []
-    part = build(ROLES[role], Node.of(mapping, Position(where)), "", errors)
-    if errors:
-        found = RecipeErrors(errors)
-        raise error(found.what, hint=found.hint)
-    return typing.cast(Part, part)
 
 
 def to_mapping(value: Any) -> Any:

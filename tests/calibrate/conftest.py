@@ -15,7 +15,6 @@ from kvpack.models.tokenizer import load_tokenizer
 from kvpack.recipe.load import load
 from kvpack.recipe.plan import Plan
 from kvpack.recipe.resolve import resolve
-from tests.tiny_models import make_model
 
 SMALL = ("calibration.samples=6", "calibration.sample_tokens=48", "calibration.batch=4")
 
@@ -37,18 +36,6 @@ def job_for(folder: Path, recipe: str, *overrides: str) -> Job:
     plan = resolve(load(recipe, [*SMALL, *overrides]), spec)
     samples = draw(plan.recipe.recipe.calibration, load_tokenizer(spec))
     return Job(plan, samples, scan(spec))
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = make_model(tmp_path_factory.mktemp("models") / family, family)
-        return made[family]
-
-    return get
 
 
 @pytest.fixture(scope="session")

@@ -7,20 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.tiny_models import FAMILIES, make_model
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a tiny checkpoint of a family, made once."""
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = make_model(tmp_path_factory.mktemp("models") / family, family)
-        return made[family]
-
-    return get
+from tests.tiny_models import FAMILIES
 
 
 @pytest.fixture(params=FAMILIES)

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import pytest
 
-from kvpack.core.errors import ArtifactError, RecipeError
+from kvpack.core.errors import RecipeError
 from kvpack.core.registry import find, kinds
-from kvpack.recipe.build import INVALID, build, build_part, to_mapping
+from kvpack.core.roles import ROLES
+from kvpack.recipe.build import INVALID, build, to_mapping
 from kvpack.recipe.yaml_lines import Node, Position
 
 
@@ -113,14 +114,9 @@ def test_every_part_with_defaults_survives_the_round_trip(role: str) -> None:
         part = find(role, kind)()
         mapping = to_mapping(part)
         assert mapping["kind"] == kind
-        assert build_part(role, mapping) == part
-
-
-def test_build_part_raises_the_callers_error() -> None:
-    with pytest.raises(ArtifactError, match=r"manifest.json: bits: 12 is out of range"):
-        build_part("codecs", {"kind": "affine", "bits": 12}, where="manifest.json", error=ArtifactError)
-    with pytest.raises(ArtifactError, match="no codec is called"):
-        build_part("codecs", {"kind": "os.system"}, error=ArtifactError)
+        errors: list[RecipeError] = []
+        assert build(ROLES[role], Node.of(mapping, Position("f")), "", errors) == part
+        assert errors == []
 
 
 def test_contradictions_that_a_part_refuses_are_located() -> None:
