@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from kvpack.cli.options import (
     AllowDownload,
     Data,
@@ -52,4 +54,6 @@ def calibrate(
     lines = [f"wrote {output}: {found['tokens']:,} tokens, {len(errors)} layers solved"]
     if worst is not None:
         lines.append(f"largest relative output error: {errors[worst]:.4f} in {worst}")
-    return Result(found, (*lines, f"next: kvpack export {model} -r {recipe} --calibration {output} -o out/"))
+    changes = [word for change in with_data(overrides, data) for word in ("--set", change)]
+    command = ["kvpack", "export", model, "-r", recipe, *changes, "--calibration", str(output), "-o", "out/"]
+    return Result(found, (*lines, f"next: {shlex.join(command)}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,17 @@ def test_export_writes_what_plan_promised(call_kvpack: Kvpack, demo_model: str, 
     shown = call_kvpack("inspect", str(out), "--json").json["data"]
     assert shown["weight_bytes"] == data["weight_bytes"]
     assert shown["recipe"]["name"] == "w8"
+
+
+def test_the_command_that_calibrate_suggests_works_as_it_stands(
+    call_kvpack: Kvpack, demo_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = call_kvpack("calibrate", demo_model, "-r", "w4", "-o", "my calibration", *SMALL)
+    words = shlex.split(made.out.splitlines()[-1].removeprefix("next: "))
+    assert words[:2] == ["kvpack", "export"]
+    assert call_kvpack(*words[1:]).code == 0
+    assert (tmp_path / "out" / "kvpack.json").is_file()
 
 
 def test_calibration_is_made_once_and_used_again(
