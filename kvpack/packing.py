@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 from kvpack.calibrate.store import Calibration
 from kvpack.core.errors import KvpackError
+from kvpack.core.model_spec import Projection
 from kvpack.core.pieces import row_pieces
-from kvpack.core.roles import Codec, Part, Plane
+from kvpack.core.roles import Codec, Part
 from kvpack.core.types import Payload, State
-from kvpack.models.fold import fold_value
+from kvpack.models.fold import fold, fold_names
 from kvpack.models.weights import SourceReader
-from kvpack.recipe.plan import PLANES, KVLayerPlan, Plan, WeightPlan, state_name
+from kvpack.recipe.inputs_plan import basis_name
+from kvpack.recipe.plan import KVLayerPlan, Plan, WeightPlan, state_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,12 +27,13 @@ class Packing:
     """Packs a plan's tensors while they stream by, and remembers how well.
 
     `relative_errors` maps a packed layer to ``|W - W_hat| / |W|`` (Frobenius), where W is the
-    weight after folding.
+    weight after folding. `learned` gives states by stored name where there is no calibration.
     """
 
     plan: Plan
     calibration: Calibration | None
     relative_errors: dict[str, float] = field(default_factory=dict)
+    learned: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._reader = SourceReader.of(self.plan.model)
@@ -56,27 +59,70 @@ class Packing:
         layer = self._folded.get(name)
         if layer is None:
             return tensor
-        states = self._states(layer, "value", layer.value.transforms)
-        folded = fold_value(layer.attention, {name: tensor}, layer.value.transforms, states)
-        return folded[name].to(tensor.dtype)
+        folded = tensor
+        for plane in layer.folded_planes:
+            parts = layer.plane(plane).transforms
+            states = self._states(layer, plane, parts)
+            # A fused projection may belong to both planes, another one to one of them.
+            found = fold(plane, layer.attention, {name: folded}, parts, states)
+            folded = found.get(name, folded)
+        return folded.to(tensor.dtype)
 
     def kv_states(self) -> dict[str, Tensor]:
         """State of codecs and of transforms that run online, named as in `Plan.kv_state_tensors`."""
         wanted = self.plan.kv_state_tensors()
         found = {
-            state_name(layer.attention.layer, plane, i, name): tensor
+            state_name(layer.attention.layer, chain_name, i, name): tensor
             for layer in self.plan.kv
-            for plane in PLANES
-            for i, state in enumerate(self._states(layer, plane, layer.plane(plane).parts))
+            for chain_name, chain in layer.chains.items()
+            for i, state in enumerate(self._states(layer, chain_name, chain.parts))
             for name, tensor in state.items()
         }
+        for layer in self.plan.kv:
+            found |= self._bases(layer)
         return {name: found[name] for name in wanted}
 
-    def _states(self, layer: KVLayerPlan, plane: Plane, parts: Sequence[Part]) -> tuple[State, ...]:
-        """States of the first `parts` of a plane's chain; without a calibration they need no data."""
+    def _bases(self, layer: KVLayerPlan) -> dict[str, Tensor]:
+        """Singular bases in which a layer stores its input, of the weights as the artifact has them."""
+        import torch
+
+        from kvpack import ops
+
+        if layer.inputs is None or not layer.inputs.bases:
+            return {}
+        sides = {"key": layer.attention.key, "value": layer.attention.value}
+        joint = layer.inputs.planes == ("value",)
+        found = {}
+        for plane, spec in layer.inputs.bases.items():
+            parts = sides.values() if joint else (sides[plane],)
+            rows = torch.cat([self._projection(part) for part in parts])
+            basis = ops.singular.input_basis(rows).to(getattr(torch, spec.dtype))
+            found[basis_name(layer.attention.layer, plane)] = basis.contiguous()
+        return found
+
+    def _projection(self, projection: Projection) -> Tensor:
+        """Rows of all heads, as new tokens meet them: decoded where they are packed."""
+        import torch
+
+        packed = self.plan.weights.get(projection.linear)
+        if packed is None:
+            matrix = self.source(f"{projection.linear}.weight")
+        else:
+            matrix = packed.codec.decode(self.pack(packed), {}, torch.float32)
+        return torch.cat([matrix[start:stop] for start, stop in projection.heads])
+
+    def _states(self, layer: KVLayerPlan, chain: str, parts: Sequence[Part]) -> tuple[State, ...]:
+        """States of the first `parts` of a chain; without a calibration they need no data."""
+        number = layer.attention.layer
         if self.calibration is not None:
-            return self.calibration.states(layer.attention.layer, plane)[: len(parts)]
-        return tuple(part.fit({}) for part in parts)
+            return self.calibration.states(number, chain)[: len(parts)]
+        states = layer.chains[chain].states
+        return tuple(
+            {n: self.learned[state_name(number, chain, i, n)] for n in states[i]}
+            if part.requires()
+            else part.fit({})
+            for i, part in enumerate(parts)
+        )
 
     def pack(self, weight: WeightPlan) -> Payload:
         """Encode one linear layer: with the calibrated codes, or by its solver from the weight alone."""
@@ -106,9 +152,8 @@ def _fold_targets(plan: Plan) -> Mapping[str, KVLayerPlan]:
     """Source tensors that folding changes, with the layer they belong to."""
     targets: dict[str, KVLayerPlan] = {}
     for layer in plan.kv:
-        if layer.value.folded:
-            value, output = layer.attention.value.linear, layer.attention.output.linear
-            targets |= dict.fromkeys((f"{value}.weight", f"{value}.bias", f"{output}.weight"), layer)
+        for plane in layer.folded_planes:
+            targets |= dict.fromkeys(fold_names(layer.attention, plane), layer)
     return targets
 
 

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from kvpack.core.types import TensorSpec
-from kvpack.recipe.plan import PLANES, KVLayerPlan, Plan
+from kvpack.recipe.plan import KVLayerPlan, Plan
 
 PROTECTED_INDEX_BYTES = 8
 """Row and slot of one protected token, two int32."""
+MANY_TOKENS = 20 * 4096
+"""A prompt that is long enough to tell the share of each tier."""
 POSITION_BYTES = 4
 """One int32 position per token, shared by all layers."""
 
@@ -25,20 +27,42 @@ def kv_elements(layers: Iterable[KVLayerPlan], tokens: int) -> int:
 
 
 def kv_bytes_per_token(layers: Iterable[KVLayerPlan], dtype: str) -> Fraction:
-    """Bytes that one more encoded token costs, all layers: codes and their scales.
+    """Bytes that one more encoded token costs in the end, all layers: codes and their scales.
 
-    Exact for any prompt, without the constant part (window, protected tokens): a fraction,
-    because a token block may hold one scale for many tokens.
+    That is what it takes in the last tier (where tokens are ranked, in the mixture of tiers), in
+    segments of full length, without the constant part (window, protected tokens): a fraction, because
+    a token block may hold one scale for many tokens.
     """
     total = Fraction(0)
     for layer in layers:
-        for name in PLANES:
+        for name in layer.planes:
             plane = layer.plane(name)
-            block = plane.codec.token_block
-            shape = (1, layer.attention.kv_heads, block, layer.attention.head_dim)
-            specs = plane.codec.spec(plane.coded_shape(shape), dtype)
+            if layer.ranked(name):
+                shares = layer.policy.placement(MANY_TOKENS, plane.block, name)
+                total += Fraction(plane.coded_nbytes(layer.plane_shape(name, 1), shares, dtype), MANY_TOKENS)
+                continue
+            codec = plane.codecs[-1]
+            block = max(codec.token_block, codec.segment // codec.token_block * codec.token_block)
+            specs = codec.spec(plane.coded_shape(layer.plane_shape(name, block)), dtype)
             total += Fraction(sum(s.nbytes for s in specs.values()), block)
+        total += _index_bytes(layer, 1, dtype)
     return total
+
+
+def _index_bytes(layer: KVLayerPlan, tokens: int, dtype: str) -> int:
+    """Bytes of the codes that tokens are found by; 0 where none are retrieved."""
+    if layer.retrieval is None:
+        return 0
+    return layer.retrieval.index.coded_nbytes(layer.plane_shape("key", 1), (tokens,), dtype)
+
+
+def most_read(layers: Sequence[KVLayerPlan], tokens: int) -> float | None:
+    """The largest share of `tokens` tokens that one query head reads where tokens are retrieved.
+
+    None without retrieval.
+    """
+    found = [x.retrieval.retriever.most(tokens) for x in layers if x.retrieval is not None]
+    return max(found) / tokens if found else None
 
 
 @dataclass(frozen=True)
@@ -46,7 +70,9 @@ class KVBytes:
     """What a compressed cache holds for one sequence of `tokens`.
 
     `coded` are codes with scales, `exact` the tail in the model's dtype, `protected` an upper
-    bound for sink tokens, `positions` the shared token positions.
+    bound for sink tokens, `positions` the shared token positions, `index` the codes that tokens are
+    found by, `ranking` what decides between tiers (masks, scores, and scales that a cache fits to
+    its prompt). Of these, `on_cpu` are not on the model's device.
     """
 
     tokens: int
@@ -55,11 +81,20 @@ class KVBytes:
     exact: int
     protected: int
     positions: int
+    index: int = 0
+    on_cpu: int = 0
+    ranking: int = 0
 
     @property
     def total(self) -> int:
         """All bytes."""
-        return self.coded + self.exact + self.protected + self.positions
+        held = self.coded + self.exact + self.protected + self.positions
+        return held + self.index + self.ranking
+
+    @property
+    def on_device(self) -> int:
+        """Bytes on the model's device."""
+        return self.total - self.on_cpu
 
     @property
     def bits_per_element(self) -> float:
@@ -69,20 +104,26 @@ class KVBytes:
 
 def kv_bytes(layers: Sequence[KVLayerPlan], tokens: int, dtype: str) -> KVBytes:
     """Bytes of the cache after a prompt of `tokens` given in one piece, batch 1."""
-    coded = exact = protected = 0
+    coded = exact = protected = index = on_cpu = ranking = 0
     for layer in layers:
+        before = coded + exact + protected
         heads, channels = layer.attention.kv_heads, layer.attention.head_dim
         token = TensorSpec((1, heads, 1, channels), dtype).nbytes
         kept = min(layer.policy.protected_tokens(), layer.visible_tokens(tokens))
         protected += kept * (2 * token + PROTECTED_INDEX_BYTES)
-        for name in PLANES:
-            plane = layer.plane(name)
+        for name in layer.planes:
+            shape = layer.plane_shape(name, 1)
             stored, tail = layer.held_tokens(tokens, name)
-            specs = plane.codec.spec(plane.coded_shape((1, heads, stored, channels)), dtype)
-            coded += sum(s.nbytes for s in specs.values())
-            exact += tail * token
+            coded += layer.plane(name).coded_nbytes(shape, stored, dtype)
+            exact += tail * TensorSpec(shape, dtype).nbytes
+            ranking += layer.plane(name).fitted_nbytes(shape)
+        ranking += layer.ranking_nbytes(tokens)
+        index += _index_bytes(layer, tokens, dtype)
+        if layer.retrieval is not None and layer.retrieval.residency == "cpu":
+            on_cpu += coded + exact + protected - before
     positions = tokens * POSITION_BYTES if layers else 0
-    return KVBytes(tokens, kv_elements(layers, tokens), coded, exact, protected, positions)
+    elements = kv_elements(layers, tokens)
+    return KVBytes(tokens, elements, coded, exact, protected, positions, index, on_cpu, ranking)
 
 
 @dataclass(frozen=True)

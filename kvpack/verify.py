@@ -156,7 +156,7 @@ def _differences(artifact: Artifact, plan: Plan, progress: Progress) -> Iterator
 
     from kvpack.packing import Packing, relative_error
 
-    packing = Packing(plan, None)
+    packing = Packing(plan, None, learned=artifact.kv_state())
     names = [*plan.copied, *plan.weights]
     for done, name in enumerate(names):
         progress("compare", done, len(names), name)

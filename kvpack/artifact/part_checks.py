@@ -10,7 +10,8 @@ from kvpack.core.errors import ArtifactError, KvpackError
 from kvpack.core.model_spec import AttentionSpec
 from kvpack.core.roles import Plane
 from kvpack.core.types import Shape, TensorSpec
-from kvpack.recipe.plan import KVLayerPlan, PlanePlan, state_name
+from kvpack.recipe.inputs_plan import InputsPlan
+from kvpack.recipe.plan import KVLayerPlan, PlanePlan
 
 PLANES: tuple[Plane, ...] = ("key", "value")
 
@@ -64,20 +65,45 @@ def _states(layer: KVLayerPlan) -> dict[str, TensorSpec]:
     attention = layer.attention
     if not all(0 < n < 2**20 for n in (attention.heads, attention.kv_heads, attention.head_dim)):
         raise ValueError("impossible numbers of heads or channels")
-    found: dict[str, TensorSpec] = {}
+    if layer.inputs is not None:
+        _check_inputs(layer.inputs, attention)
     for name in PLANES:
         plane = layer.plane(name)
-        if plane.states != _announced(plane, attention):
-            raise ValueError(f"{name}.states: not those of its transforms and codec")
-        for index, state in plane.online_states().items():
-            found.update({state_name(attention.layer, name, index, n): s for n, s in state.items()})
-    return found
+        if (name in layer.planes) != bool(plane.codecs):
+            raise ValueError(f"{name}.codecs: not those of what is stored")
+        if plane.states != _announced(plane, layer.plane_shape(name, plane.block)):
+            raise ValueError(f"{name}.states: not those of its transforms and codecs")
+    if layer.retrieval is not None:
+        _check_index(layer.retrieval.index, layer)
+    return layer.state_tensors()
 
 
-def _announced(plane: PlanePlan, attention: AttentionSpec) -> tuple[Mapping[str, TensorSpec], ...]:
-    shape: Shape = (1, attention.kv_heads, plane.codec.token_block, attention.head_dim)
+def _check_index(index: PlanePlan, layer: KVLayerPlan) -> None:
+    if layer.inputs is not None or layer.attention.window is not None:
+        raise ValueError("retrieval: in a layer that has no whole context of keys")
+    if index.folded or len(index.codecs) != 1 or index.block > 1 or index.codecs[0].segment:
+        raise ValueError("retrieval.index: cannot code every token as it comes")
+    if index.states != _announced(index, layer.plane_shape("key", 1)):
+        raise ValueError("retrieval.index.states: not those of its transforms and codec")
+
+
+def _check_inputs(inputs: InputsPlan, attention: AttentionSpec) -> None:
+    """Bases span keys and values each, or, where a chain passes through one plane, both."""
+    if not 0 < inputs.channels < 2**31:
+        raise ValueError("inputs.channels: impossible")
+    width = attention.kv_heads * attention.head_dim
+    joint = inputs.link is not None
+    ranks = {"value": 2 * width} if joint else {"key": width, "value": width}
+    expected = {name: (inputs.channels, min(inputs.channels, rank)) for name, rank in ranks.items()}
+    shapes = {name: spec.shape for name, spec in inputs.bases.items()}
+    kinds = {spec.dtype for spec in inputs.bases.values()}
+    if inputs.bases and (shapes != expected or not kinds <= {"float16", "float32"}):
+        raise ValueError("inputs.bases: not those of keys and values")
+
+
+def _announced(plane: PlanePlan, shape: Shape) -> tuple[Mapping[str, TensorSpec], ...]:
     states = []
     for transform in plane.transforms:
         states.append(transform.state_spec(shape))
         shape = transform.shape(shape)
-    return (*states, plane.codec.state_spec(shape))
+    return (*states, *(codec.state_spec(shape) for codec in plane.codecs))

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from kvpack.calibrate.stats import Accumulator, accumulator
-from kvpack.core.types import Site, Stat, State
+from kvpack.core.roles import Part
+from kvpack.core.types import Site, Stat, State, Stream
 from kvpack.recipe.plan import PlanePlan
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+GIVEN: tuple[Stream, ...] = ("projection", "rope")
+"""What is known of a layer without a pass over the data."""
 
 
 class InputStats:
@@ -65,51 +72,94 @@ class InputStats:
 
 
 class Chain:
-    """The transforms and the codec of one plane of one layer, fitted one after another.
+    """The transforms and the codecs of one plane of one layer, fitted one after another.
 
     A part's statistics are those of the tensor it would receive, so it can be measured only when
-    all parts before it are fitted. Parts without statistics are fitted at once. Set `folded` when
-    the transforms have become part of the weights: what is seen then has passed them already.
+    all parts before it are fitted. Parts without statistics are fitted at once, and so are those
+    that only look at what is given. Codecs of several tiers receive the same tensor. Set `folded`
+    when the transforms have become part of the weights: what is seen then has passed them already.
+
+    Args:
+        plane: the parts.
+        at: layer, rotary embedding and positions of the tokens that will be seen.
+        given: statistics that need no data, for the two streams that have such, see `Stat`.
     """
 
-    def __init__(self, plane: PlanePlan, at: Site) -> None:
-        self.transforms, self._at = plane.transforms, at
+    def __init__(self, plane: PlanePlan, at: Site, given: Callable[[Stream], State] | None = None) -> None:
+        self.transforms, self._at, self._source = plane.transforms, at, given
         self._parts = plane.parts
         self.folded = False
         self.states: list[State] = []
-        self._open: dict[str, Accumulator] = {}
+        self._open: dict[Stat, Accumulator] = {}
         self._advance()
 
     @property
     def passes(self) -> int:
         """How many passes over the data are still needed."""
-        return sum(bool(part.requires()) for part in self._parts[len(self.states) :])
+        return sum(bool(_measured(part)) for part in self._parts[len(self.states) :])
 
     @property
     def transforms_fitted(self) -> bool:
         """Whether every transform has its state."""
         return len(self.states) >= len(self.transforms)
 
-    def see(self, x: Tensor) -> None:
-        """Measure keys or values [B, K, T, D] for the first part that is not fitted."""
-        if not self._open:
+    def wants(self, stream: Stream) -> bool:
+        """Whether the part that is measured now looks at gradients or queries."""
+        return any(stat.of == stream for stat in self._open)
+
+    def see(self, x: Tensor, gradient: Tensor | None = None) -> None:
+        """Measure keys or values [B, K, T, D], and gradients of the loss with respect to them."""
+        if self.wants("input"):
+            self._update("input", self._through(x, "input"))
+        if gradient is not None and self.wants("gradient"):
+            self._update("gradient", self._through(gradient, "gradient"))
+
+    def see_queries(self, query: Tensor) -> None:
+        """Measure the queries [B, H, T, D] that read this plane."""
+        if not self.wants("query"):
             return
-        for transform, state in () if self.folded else zip(self.transforms, self.states, strict=False):
-            x = transform.forward(x, state, self._at)
-        for found in self._open.values():
-            found.update(x)
+        batch, _, tokens, channels = query.shape
+        grouped = query.reshape(batch, self._at.kv_heads, -1, tokens, channels)
+        # One query head of every kv head at a time, so that positions fit the tokens.
+        heads = [self._through(grouped[:, :, g], "query") for g in range(grouped.shape[2])]
+        self._update("query", torch.cat(heads, 2))
+
+    def _through(self, x: Tensor, stream: Stream) -> Tensor:
+        """Bring keys or values, gradients or queries to the basis of the part that is measured."""
+        # Gradients are those of the original model, whether or not values come folded.
+        passed = self.folded and stream != "gradient"
+        for transform, state in () if passed else zip(self.transforms, self.states, strict=False):
+            sides = {"input": transform.forward, "gradient": transform.gradient, "query": transform.query}
+            x = sides[stream](x, state, replace(self._at, kv_heads=x.shape[1]))
+        return x
+
+    def _update(self, stream: Stream, x: Tensor) -> None:
+        for stat, found in self._open.items():
+            if stat.of == stream:
+                found.update(x)
 
     def close(self) -> None:
         """The pass is over: fit what was measured, and what follows it without statistics."""
         if self._open:
-            stats = {kind: found.state() for kind, found in self._open.items()}
-            self.states.append(self._parts[len(self.states)].fit(stats))
+            part = self._parts[len(self.states)]
+            stats = {stat.name: found.state() for stat, found in self._open.items()}
+            self.states.append(part.fit({**stats, **self._given(part)}))
             self._advance()
+
+    def _given(self, part: Part) -> dict[str, State]:
+        """Statistics that need no data."""
+        wanted = [stat for stat in part.requires() if stat.of in GIVEN]
+        return {stat.name: self._source(stat.of) for stat in wanted} if self._source else {}
 
     def _advance(self) -> None:
         self._open = {}
         for part in self._parts[len(self.states) :]:
-            if part.requires():
-                self._open = {stat.kind: accumulator(stat.kind) for stat in part.requires()}
+            if wanted := _measured(part):
+                self._open = {stat: accumulator(stat.kind) for stat in wanted}
                 return
-            self.states.append(part.fit({}))
+            self.states.append(part.fit(self._given(part)))
+
+
+def _measured(part: Part) -> list[Stat]:
+    """Statistics of a part that need a pass over the data."""
+    return sorted((s for s in part.requires() if s.of not in GIVEN), key=lambda s: s.name)

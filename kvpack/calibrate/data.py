@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvpack.calibrate.identity import data_name
+from kvpack.calibrate.recall_text import filler_count, read_spec, recall_samples, words_of
 from kvpack.core.errors import UsageError
 from kvpack.recipe.recipe import CalibrationRecipe
 
@@ -53,6 +54,14 @@ class Tokenizer(Protocol):
         """Token ids of `text`, without special tokens."""
 
 
+class ModelTokenizer(Tokenizer, Protocol):
+    """A tokenizer whose words can be asked for, too."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer as transformers makes it."""
+
+
 @dataclass(frozen=True)
 class CalibrationText:
     """Documents, with the name they were asked for by and the hash of what they say."""
@@ -81,6 +90,8 @@ def load_text(spec: str, *, allow_download: bool = False) -> CalibrationText:
     Raises:
         UsageError: unknown, unreadable, empty, or not permitted.
     """
+    if spec.startswith("recall:"):
+        raise UsageError("is text for calibration only", where=spec, hint="to score it, use --task recall")
     if spec.startswith("hf:"):
         documents: Iterable[str] = _hub(spec, allow_download)
     elif spec.startswith("builtin:"):
@@ -139,15 +150,37 @@ class Samples:
         return fingerprint(self.tokens)
 
 
-def draw(recipe: CalibrationRecipe, tokenizer: Tokenizer, *, allow_download: bool = False) -> Samples:
-    """Load the text that a recipe names and cut it into samples.
+Sampler = Callable[[int, int, int], Samples]
+"""(samples, tokens of each, seed) -> samples."""
+
+
+def open_data(spec: str, tokenizer: ModelTokenizer, *, allow_download: bool = False) -> Sampler:
+    """Calibration data by name: a text, see `load_text`, or ``recall:TOKENS[:FACTS]``.
 
     Raises:
-        UsageError: the text cannot be had, or is too short.
+        UsageError: it cannot be had, or the model does not know its words.
     """
-    text = load_text(recipe.data, allow_download=allow_download)
-    tokens = make_samples(text, tokenizer, recipe.samples, recipe.sample_tokens, recipe.seed)
-    return Samples(tokens, text.name, text.sha256)
+    if not spec.startswith("recall:"):
+        text = load_text(spec, allow_download=allow_download)
+        return lambda *amount: Samples(make_samples(text, tokenizer, *amount), text.name, text.sha256)
+    settings, words = read_spec(spec), words_of(tokenizer.tokenizer, str(tokenizer.tokenizer.name_or_path))
+    filler_count(settings, words)  # what cannot be made is refused here
+
+    def sampler(samples: int, sample_tokens: int, seed: int) -> Samples:
+        tokens = recall_samples(settings, words, samples, sample_tokens, seed)
+        return Samples(tokens, data_name(spec), fingerprint(tokens))
+
+    return sampler
+
+
+def draw(recipe: CalibrationRecipe, tokenizer: ModelTokenizer, *, allow_download: bool = False) -> Samples:
+    """The samples that a recipe asks for.
+
+    Raises:
+        UsageError: the data cannot be had, is too short, or is in words that the model does not know.
+    """
+    sampler = open_data(recipe.data, tokenizer, allow_download=allow_download)
+    return sampler(recipe.samples, recipe.sample_tokens, recipe.seed)
 
 
 def fingerprint(samples: Tensor) -> str:
@@ -201,7 +234,7 @@ def _file(path: Path) -> Iterable[str]:
         raise UsageError(
             "is no calibration text",
             where=str(path),
-            hint="use builtin:stdlib, a .txt, .jsonl or .parquet file, or hf:dataset",
+            hint="use builtin:stdlib, a .txt, .jsonl or .parquet file, hf:dataset or recall:tokens",
         )
     try:
         return list(reader(path))

@@ -16,12 +16,14 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from kvpack.core.errors import UnsupportedModel
+from kvpack.models.attention_interface import watch
 from kvpack.models.view import ModelView
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 OnUpdate = Callable[["Tensor", "Tensor"], None]
+OnQueries = Callable[["Tensor"], None]
 
 
 class Tap(Cache):
@@ -75,7 +77,12 @@ def record(view: ModelView, tokens: Tensor) -> Recording:
 
 
 def run_block(
-    view: ModelView, layer: int, hidden: Tensor, recording: Recording, seen: OnUpdate | None = None
+    view: ModelView,
+    layer: int,
+    hidden: Tensor,
+    recording: Recording,
+    seen: OnUpdate | None = None,
+    queries: OnQueries | None = None,
 ) -> Tensor:
     """Run one loaded block on `hidden` [B, T, C] with recorded arguments.
 
@@ -85,6 +92,8 @@ def run_block(
         hidden: its input; B and T as in the recording.
         recording: what the model gives its blocks.
         seen: called with the layer's keys (after RoPE) and values [B, K, T, D].
+        queries: called with its queries (after RoPE) [B, H, T, D]; `observe` must have been called
+            on the model before the recording.
 
     Raises:
         UnsupportedModel: the block returns something else than hidden states.
@@ -92,7 +101,8 @@ def run_block(
     given = recording.arguments[layer]
     tap = Tap(seen)
     given = {name: tap if value is recording.tap else value for name, value in given.items()}
-    result = view.blocks[layer](hidden, **given)
+    with _watched(view, layer, queries):
+        result = view.blocks[layer](hidden, **given)
     if not isinstance(result, torch.Tensor):
         raise UnsupportedModel(
             f"decoder block returns a {type(result).__name__}, not hidden states",
@@ -101,8 +111,39 @@ def run_block(
     return result
 
 
+@contextmanager
+def _watched(view: ModelView, layer: int, queries: OnQueries | None) -> Iterator[None]:
+    """Show the queries of a layer while it runs."""
+    if queries is None:
+        yield
+        return
+
+    def show(query: Tensor, *rest: Any) -> None:
+        queries(query)
+
+    with watch(view.attention(layer), show):
+        yield
+
+
 def finish(view: ModelView, hidden: Tensor, tokens: Tensor) -> Tensor:
     """Hidden states after the last block [B, T, C] -> what enters the head. Needs the outer tensors."""
+    with _replaced(view.blocks, _passing(view, hidden)):
+        result: Tensor = view.base(input_ids=tokens, use_cache=False).last_hidden_state
+    return result
+
+
+def logits(view: ModelView, hidden: Tensor) -> Tensor:
+    """Hidden states after the last block [B, T, C] -> logits [B, T, V], as the model makes them.
+
+    Needs `ModelView.head_tensors`. Tokens do not see each other, so any piece of a text will do.
+    """
+    with _replaced(view.blocks, _passing(view, hidden)):
+        result: Tensor = view.model(inputs_embeds=hidden, use_cache=False).logits
+    return result
+
+
+def _passing(view: ModelView, hidden: Tensor) -> list[Callable[..., Tensor]]:
+    """Forwards for all blocks, of which the last gives `hidden`."""
 
     def pass_on(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return x
@@ -110,10 +151,7 @@ def finish(view: ModelView, hidden: Tensor, tokens: Tensor) -> Tensor:
     def substitute(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden
 
-    blocks = view.blocks
-    with _replaced(blocks, [pass_on] * (len(blocks) - 1) + [substitute]):
-        result: Tensor = view.base(input_ids=tokens, use_cache=False).last_hidden_state
-    return result
+    return [pass_on] * (len(view.blocks) - 1) + [substitute]
 
 
 @contextmanager

@@ -18,8 +18,7 @@ Identity = dict[str, Any]
 def needs_calibration(plan: Plan) -> bool:
     """Whether any part of the plan asks for statistics."""
     solvers = any(w.solver.requires() for w in plan.weights.values())
-    planes = [p for layer in plan.kv for p in (layer.key, layer.value)]
-    return solvers or any(part.requires() for p in planes for part in p.parts)
+    return solvers or any(part.requires() for part in plan.kv_parts())
 
 
 def identity(plan: Plan, hashes: Mapping[str, str]) -> Identity:
@@ -36,7 +35,7 @@ def identity(plan: Plan, hashes: Mapping[str, str]) -> Identity:
     kv = [
         [
             x.attention.layer,
-            *([to_mapping(t) for t in (*p.transforms, *_learning(p))] for p in (x.key, x.value)),
+            *([to_mapping(t) for t in (*p.transforms, *_learning(p))] for p in x.chains.values()),
             [x.key.folded, x.value.folded],
         ]
         for x in plan.kv
@@ -53,12 +52,12 @@ def identity(plan: Plan, hashes: Mapping[str, str]) -> Identity:
 
 
 def _learning(plane: PlanePlan) -> tuple[Codec, ...]:
-    return (plane.codec,) if plane.codec.requires() else ()
+    return tuple(codec for codec in plane.codecs if codec.requires())
 
 
 def data_name(spec: str) -> str:
     """Name of a calibration text: a path's folder differs from machine to machine, so it is dropped."""
-    return spec if spec.startswith(("hf:", "builtin:")) else Path(spec).name
+    return spec if spec.startswith(("hf:", "builtin:", "recall:")) else Path(spec).name
 
 
 def _digest(value: Any) -> str:

@@ -8,6 +8,7 @@ block sees inputs that already carry the errors of the packed blocks before it, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,19 +16,20 @@ import torch
 
 from kvpack.calibrate.collect import Chain, InputStats
 from kvpack.calibrate.data import Samples
+from kvpack.calibrate.gradients import Gradients, gradients_for
 from kvpack.calibrate.hooks import Recording, finish, record, run_block
 from kvpack.calibrate.identity import identity
 from kvpack.calibrate.solve import solve
 from kvpack.calibrate.store import Calibration, CalibrationWriter
 from kvpack.core.errors import KvpackError, SourceError, UsageError
 from kvpack.core.progress import SILENT, Progress
-from kvpack.core.roles import Plane
-from kvpack.core.types import Rope, Site
-from kvpack.models.fold import fold_value
+from kvpack.core.types import Rope, Site, State, Stream
+from kvpack.models.attention_interface import observe
+from kvpack.models.fold import fold, fold_names
 from kvpack.models.rope import rope_of
 from kvpack.models.view import ModelView
 from kvpack.models.weights import SourceReader
-from kvpack.recipe.plan import PLANES, KVLayerPlan, Plan, WeightPlan
+from kvpack.recipe.plan import KVLayerPlan, Plan, WeightPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +41,7 @@ def calibrate(
     out: Path,
     *,
     hashes: Mapping[str, str],
+    extra: Mapping[str, bytes] | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = SILENT,
@@ -50,6 +53,7 @@ def calibrate(
         samples: token ids [N, T].
         out: folder to make; it appears complete or not at all.
         hashes: sha256 of the model's weight files, from `kvpack.models.scan.scan`.
+        extra: further files by name, such as a report of attention sinks.
         force: replace `out` if it exists.
         trust_remote_code: let transformers run code from the model folder.
         progress: told about every block.
@@ -58,15 +62,21 @@ def calibrate(
         SourceError: the tokenizer does not belong to the model, or the model computes NaN.
         UsageError: samples are longer than the model can read, or `out` exists.
     """
-    _check(plan, samples)
+    check(plan, samples)
     with CalibrationWriter(out, force=force) as writer, torch.no_grad():
         view = ModelView.build(plan.model, trust_remote_code=trust_remote_code)
-        _Run(plan, view, samples.tokens, writer, progress).all_blocks()
+        if any(stat.of == "query" for part in plan.kv_parts() for stat in part.requires()):
+            observe(view.model)
+        with gradients_for(plan, view, samples.tokens, writer.folder, progress) as gradients:
+            Sweep(plan, view, samples.tokens, writer, progress, gradients).all_blocks()
+        for file, content in (extra or {}).items():
+            writer.add_file(file, content)
         writer.finish(identity(plan, hashes), samples)
     return Calibration.open(out)
 
 
-def _check(plan: Plan, samples: Samples) -> None:
+def check(plan: Plan, samples: Samples) -> None:
+    """Refuse samples that the model cannot read; errors as of `calibrate`."""
     longest, top = plan.model.max_positions, int(samples.tokens.max())
     if longest and samples.tokens.shape[1] > longest:
         raise UsageError(
@@ -81,14 +91,20 @@ def _check(plan: Plan, samples: Samples) -> None:
         )
 
 
-class _Run:
+class Sweep:
     """One calibration: the hidden states of all samples, moved through the blocks."""
 
     def __init__(
-        self, plan: Plan, view: ModelView, tokens: Tensor, writer: CalibrationWriter, progress: Progress
+        self,
+        plan: Plan,
+        view: ModelView,
+        tokens: Tensor,
+        writer: CalibrationWriter,
+        progress: Progress,
+        gradients: Gradients | None = None,
     ) -> None:
         self.plan, self.view, self.tokens = plan, view, tokens
-        self.writer, self.progress = writer, progress
+        self.writer, self.progress, self.gradients = writer, progress, gradients
         self.reader = SourceReader.of(plan.model)
         self.batch = plan.recipe.recipe.calibration.batch
         self.recordings: dict[int, Recording] = {}
@@ -131,13 +147,13 @@ class _Run:
             yield slice(start, min(start + self.batch, len(self.tokens)))
 
     def _block(self, layer: int, onward: bool) -> None:
-        chains = self._chains(layer)
+        chains = self._chains(self.kv.get(layer))
         self.view.load_block(layer, self.reader, torch.float32)
         weights, kv = self._weights(layer), self.kv.get(layer)
-        if kv is not None and kv.value.folded:
-            while not chains["value"].transforms_fitted:
+        if kv is not None and kv.folded_planes:
+            while not all(chains[plane].transforms_fitted for plane in kv.folded_planes):
                 self._pass(layer, chains, InputStats({}), keep=False)
-            self._fold(kv, chains["value"])
+            self._fold(kv, chains)
         inputs = InputStats({n: w.solver.requires() for n, w in weights.items()})
         passes = max([bool(inputs.wanted), *(c.passes for c in chains.values())])
         for index in range(passes):
@@ -152,30 +168,60 @@ class _Run:
         self.view.free_block(layer)
         self.writer.flush(f"block-{layer:05d}.safetensors")
 
-    def _chains(self, layer: int) -> dict[Plane, Chain]:
-        kv = self.kv.get(layer)
+    def _chains(self, kv: KVLayerPlan | None) -> dict[str, Chain]:
         if kv is None:
             return {}
+        layer = kv.attention.layer
         positions = torch.arange(self.tokens.shape[1])[None]
         rope: Rope | None = None
-        if any(t.needs_rope for p in (kv.key, kv.value) for t in p.transforms):
+        if any(t.needs_rope for chain in kv.chains.values() for t in chain.transforms):
             rope = rope_of(self.view.model, self.view.attention(layer))
         at = Site(layer, rope, positions, kv.attention.kv_heads)
-        return {plane: Chain(kv.plane(plane), at) for plane in PLANES}
+        return {n: Chain(c, at, partial(self._given, kv, n)) for n, c in kv.chains.items()}
 
-    def _pass(self, layer: int, chains: Mapping[Plane, Chain], inputs: InputStats, *, keep: bool) -> None:
+    def _given(self, kv: KVLayerPlan, chain: str, stream: Stream) -> State:
+        """Statistics of a chain that need no data."""
+        return self._projection(kv, chain) if stream == "projection" else self._partners(kv, chain)
+
+    def _partners(self, kv: KVLayerPlan, chain: str) -> State:
+        """The channels that RoPE turns together; values and models without RoPE have none."""
+        channels = kv.attention.head_dim
+        if chain == "value" or self.plan.model.rope_type == "none":
+            return {"partner": torch.arange(channels)}
+        rope = rope_of(self.view.model, self.view.attention(kv.attention.layer), fixed=False)
+        return {"partner": rope.partners(channels)}
+
+    def _projection(self, kv: KVLayerPlan, chain: str) -> State:
+        """The rows of the projection that a chain's input comes from, as the checkpoint has them."""
+        projection = kv.attention.value if chain == "value" else kv.attention.key
+        rows = torch.cat([torch.arange(start, stop) for start, stop in projection.heads])
+        names = {name: f"{projection.linear}.{name}" for name in ("weight", "bias")}
+        known = self.plan.model.tensors
+        found = {n: self.reader.read(full)[rows].float() for n, full in names.items() if full in known}
+        return found | {"heads": torch.tensor(len(projection.heads))}
+
+    def _pass(self, layer: int, chains: Mapping[str, Chain], inputs: InputStats, *, keep: bool) -> None:
         """Run every sample through a block; with `keep` its outputs replace the hidden states."""
         modules = {name: self.view.module(name) for name in inputs.wanted}
 
         def seen(key: Tensor, value: Tensor) -> None:
             if chains:
-                chains["key"].see(key)
-                chains["value"].see(value)
+                measured = any(chain.wants("gradient") for chain in chains.values())
+                found = self.gradients.of(layer, part) if self.gradients and measured else (None, None)
+                chains["key"].see(key, found[0])
+                chains["value"].see(value, found[1])
+                if "index" in chains:
+                    chains["index"].see(key, found[0])
 
+        def queries(query: Tensor) -> None:
+            for chain in chains.values():
+                chain.see_queries(query)
+
+        watched = queries if any(chain.wants("query") for chain in chains.values()) else None
         for part in self._batches():
             hidden = self.hidden[part].float()
             with inputs.attached(modules):
-                result = run_block(self.view, layer, hidden, self.recordings[len(hidden)], seen)
+                result = run_block(self.view, layer, hidden, self.recordings[len(hidden)], seen, watched)
             if keep:
                 self._keep(part, result, layer)
         for chain in chains.values():
@@ -190,14 +236,16 @@ class _Run:
             )
         self.hidden[part] = result.to(self.hidden.dtype)
 
-    def _fold(self, kv: KVLayerPlan, chain: Chain) -> None:
-        """Fold value transforms, rounding to the checkpoint's dtype as the export does."""
-        a = kv.attention
-        names = [f"{a.value.linear}.weight", f"{a.value.linear}.bias", f"{a.output.linear}.weight"]
-        tensors = {n: self.reader.read(n) for n in names if n in self.plan.model.tensors}
-        states = chain.states[: len(chain.transforms)]
-        folded = fold_value(a, tensors, chain.transforms, states)
-        chain.folded = True
+    def _fold(self, kv: KVLayerPlan, chains: Mapping[str, Chain]) -> None:
+        """Fold what the plan folds, rounding to the checkpoint's dtype as the export does."""
+        names = {n for plane in kv.folded_planes for n in fold_names(kv.attention, plane)}
+        tensors = {n: self.reader.read(n) for n in sorted(names & self.plan.model.tensors.keys())}
+        folded = dict(tensors)
+        for plane in kv.folded_planes:
+            chain = chains[plane]
+            states = chain.states[: len(chain.transforms)]
+            folded |= fold(plane, kv.attention, folded, chain.transforms, states)
+            chain.folded = True
         self.view.fill({n: t.to(tensors[n].dtype) for n, t in folded.items()}, torch.float32)
 
     def _solve(self, weights: Mapping[str, WeightPlan], inputs: InputStats) -> None:

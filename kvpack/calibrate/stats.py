@@ -90,6 +90,109 @@ class ChannelSum(Accumulator):
         return total.add_(part)
 
 
+class Rows(Accumulator):
+    """The tokens themselves, in order: "rows" float32 [K, N, D], N at most `LIMIT`.
+
+    Every token is kept up to the limit; then every second one of those is dropped and only every
+    second one is taken in, and so on, so that what is kept is evenly strided and depends on the
+    number of tokens only: statistics of the same tokens (inputs, gradients) keep the same ones.
+    "position" int32 [N] is each token's place in its sample. Merging keeps both accumulators' own
+    choice where one of them had reached the limit.
+    """
+
+    kind, name = "rows", "rows"
+    LIMIT: ClassVar[int] = 1 << 14
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stride = 1
+        self._position = torch.empty(0, dtype=torch.int32)
+
+    def update(self, x: Tensor) -> None:
+        """Take in the tokens of a batch, row after row."""
+        batch, _, tokens, _ = x.shape
+        chosen = torch.arange(batch * tokens)[-self.count % self._stride :: self._stride]
+        self.count += batch * tokens
+        self._add(self.measure(x)[:, chosen])
+        self._position = torch.cat((self._position, (chosen % tokens).int()))
+        self._thin()
+
+    def merge(self, other: Accumulator) -> None:
+        """Take in the tokens of another one."""
+        super().merge(other)
+        if isinstance(other, Rows) and other._total is not None:
+            self._position = torch.cat((self._position, other._position))
+            self._stride = max(self._stride, other._stride)
+            self._thin()
+
+    def state(self) -> State:
+        """The rows, where they stood, and how many tokens were seen."""
+        return {**super().state(), "position": self._position}
+
+    def measure(self, x: Tensor) -> Tensor:
+        """All rows."""
+        return x.transpose(0, 1).flatten(1, 2).float()
+
+    def combine(self, total: Tensor, part: Tensor) -> Tensor:
+        """One after the other."""
+        return torch.cat((total, part), 1)
+
+    def _thin(self) -> None:
+        while len(self._position) > self.LIMIT and self._total is not None:
+            self._total, self._position = self._total[:, ::2].clone(), self._position[::2].clone()
+            self._stride *= 2
+
+
+class AllRows(Accumulator):
+    """Every token, in order: "rows" float32 [K, N, D]. For clusters, which need many of them."""
+
+    kind, name = "all_rows", "rows"
+
+    def measure(self, x: Tensor) -> Tensor:
+        """All rows."""
+        return x.transpose(0, 1).flatten(1, 2).float()
+
+    def combine(self, total: Tensor, part: Tensor) -> Tensor:
+        """One after the other."""
+        return torch.cat((total, part), 1)
+
+
+class HeadGram(Accumulator):
+    """Sum of x^T x over batch and tokens for every head, float32 [K, D, D]."""
+
+    kind, name = "head_gram", "gram"
+
+    def measure(self, x: Tensor) -> Tensor:
+        """x^T x."""
+        rows = x.transpose(0, 1).flatten(1, 2).float()
+        return rows.mT @ rows
+
+    def combine(self, total: Tensor, part: Tensor) -> Tensor:
+        """Add."""
+        return total.add_(part)
+
+
+class ChannelRange(Accumulator):
+    """Least and greatest value of every channel over batch and tokens: "low", "high" float32 [K, D]."""
+
+    kind, name = "channel_range", "range"
+
+    def measure(self, x: Tensor) -> Tensor:
+        """Least value, and least negated value, [2, K, D]."""
+        x = x.float()
+        return torch.stack((x.amin(dim=(0, 2)), (-x).amin(dim=(0, 2))))
+
+    def combine(self, total: Tensor, part: Tensor) -> Tensor:
+        """The lesser ones."""
+        return torch.minimum(total, part)
+
+    def state(self) -> State:
+        """Both ends and the number of tokens."""
+        found = super().state()
+        low, negated_high = found.pop(self.name)
+        return {"low": low, "high": -negated_high, **found}
+
+
 def accumulator(kind: str) -> Accumulator:
     """A new accumulator of a kind.
 

@@ -26,7 +26,6 @@ from kvpack.calibrate.identity import Identity, identity
 from kvpack.calibrate.solve import Solved
 from kvpack.core.atomic import new_folder
 from kvpack.core.errors import ArtifactError, CalibrationMismatch
-from kvpack.core.roles import Plane
 from kvpack.core.types import Payload, State
 from kvpack.recipe.plan import Plan, state_name
 
@@ -59,7 +58,12 @@ class CalibrationWriter:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
-    def add_states(self, layer: int, plane: Plane, states: Sequence[State]) -> None:
+    @property
+    def folder(self) -> Path:
+        """Where the files are until all are written; whatever else is put there must be gone by then."""
+        return self._folder
+
+    def add_states(self, layer: int, plane: str, states: Sequence[State]) -> None:
         """Keep the states of a plane's transforms for the next file."""
         self._kv.setdefault(str(layer), {})[plane] = len(states)
         for index, state in enumerate(states):
@@ -88,6 +92,11 @@ class CalibrationWriter:
         (self._folder / file).write_bytes(data)
         self._files[file] = hashlib.sha256(data).hexdigest()
         self._pending, self._waiting = {}, []
+
+    def add_file(self, file: str, content: bytes) -> None:
+        """Write a file of another kind, which readers of the calibration may look at."""
+        (self._folder / file).write_bytes(content)
+        self._files[file] = hashlib.sha256(content).hexdigest()
 
     def finish(self, who: Identity, samples: Samples) -> None:
         """Write the manifest, last."""
@@ -192,7 +201,7 @@ class Calibration:
             raise ArtifactError(f"{linear}.{missing[0]} is missing", where=str(self.path / entry["file"]))
         return Payload({n: tensors[f"{linear}.{n}"] for n in entry["tensors"]}, tuple(entry["shape"]))
 
-    def states(self, layer: int, plane: Plane) -> tuple[State, ...]:
+    def states(self, layer: int, plane: str) -> tuple[State, ...]:
         """States of the transforms of one plane, in order; stateless ones are empty.
 
         Raises:

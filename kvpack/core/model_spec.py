@@ -56,8 +56,8 @@ class AttentionSpec:
 
     `module` and `block` are paths of the attention module and of its decoder layer. `window` is
     the sliding window in tokens, None for full attention. `key_norm` tells that a norm stands
-    between the key projection and RoPE, `value_linear` that nothing but attention stands between
-    the value and the output projection.
+    between the key projection and RoPE, `value_linear` that nothing but attention, RoPE and such
+    norms stands between the other projections and the output projection.
     """
 
     layer: int
@@ -68,6 +68,7 @@ class AttentionSpec:
     heads: int
     kv_heads: int
     head_dim: int
+    query: Projection
     key: Projection
     value: Projection
     output: Projection

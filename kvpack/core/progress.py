@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -19,3 +20,16 @@ class _Silent:
 
 SILENT: Progress = _Silent()
 """A `Progress` that shows nothing; the default everywhere."""
+
+
+def counter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
+    """What to call with every few finished steps of a stage; tells `progress` that it has begun."""
+    done = 0
+
+    def tick(steps: int) -> None:
+        nonlocal done
+        done += steps
+        progress(stage, done, total)
+
+    tick(0)
+    return tick

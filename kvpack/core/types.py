@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from kvpack.core.errors import KvpackError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,20 +93,39 @@ class Payload:
         return 8 * self.nbytes / math.prod(self.shape)
 
 
+Stream = Literal["input", "gradient", "query", "projection", "rope"]
+"""What a statistic is measured on, see `Stat`."""
+
+
 @dataclass(frozen=True)
 class Stat:
     """A statistic that a part needs from calibration.
 
     `kind` names an accumulator of `kvpack.calibrate.stats` ("gram", "channel_sum", ...). Where it
     is collected follows from the part's place: a solver's on the input of its linear layer, a
-    transform's or codec's on the tensor it would receive.
+    transform's or codec's on the tensor it would receive. `of` tells what is measured there:
+
+    - "input": that tensor.
+    - "gradient": the gradient of the language-model loss with respect to it, token for token.
+    - "query": the queries that will read it, brought to the same basis by `Transform.query`;
+      the query heads of one kv head follow each other along the token axis, [B, K, G*T, D].
+    - "projection": with kind "weight", the rows of the projection that makes this plane:
+      "weight" [K*D, C] and, where there is one, "bias" [K*D]; "heads" is K.
+    - "rope": with kind "partner", the channel that RoPE turns each channel with: "partner"
+      int64 [D], a channel's own number where it is not turned.
     """
 
     kind: str
+    of: Stream = "input"
+
+    @property
+    def name(self) -> str:
+        """Key of the finished statistic: "rows", "gradient.rows", ..."""
+        return self.kind if self.of == "input" else f"{self.of}.{self.kind}"
 
 
 Stats = Mapping[str, "Mapping[str, Tensor]"]
-"""Finished statistics, by kind: the accumulator's `state()`."""
+"""Finished statistics, by `Stat.name`: the accumulator's `state()`."""
 
 
 class Rope(Protocol):
@@ -115,6 +136,9 @@ class Rope(Protocol):
 
     def undo(self, x: Tensor, positions: Tensor) -> Tensor:
         """Invert `apply`; computed and returned in float32."""
+
+    def partners(self, channels: int) -> Tensor:
+        """The channel that each of `channels` is turned with, int64 [D]; itself where it is not turned."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +152,19 @@ class Site:
     rope: Rope | None = None
     positions: Tensor | None = None
     kv_heads: int = 0
+
+    def rotary(self, kind: str) -> tuple[Rope, Tensor]:
+        """The rotary embedding and the positions, for a transform of this `kind`.
+
+        Raises:
+            KvpackError: the layer has none.
+        """
+        if self.rope is None or self.positions is None:
+            raise KvpackError(
+                f"layer {self.layer}: {kind} got no rotary embedding or no positions",
+                hint=f"use {kind} on keys of a model with rotary position embeddings",
+            )
+        return self.rope, self.positions
 
 
 @dataclass(frozen=True)
@@ -147,6 +184,27 @@ class CacheView:
     valid: Tensor | None = None
     hidden: Tensor | None = None
     memory: State = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ScoreView:
+    """One forward pass of a layer, as a scorer sees it: T new tokens, S that they may attend to.
+
+    `valid` marks new tokens that are not padding [B, T] (None: all are). A scorer that needs
+    queries gets `query` [B, H, T, D] and `key` [B, K, S, D] as attention does, `visible` (bool
+    [B or 1, 1 or H, T, S], None for plain causal attention) and the `scaling` of the scores. One
+    that needs embeddings gets the model's input `embeddings` [B, T, C] and, where the caller told
+    them, which tokens are `text` [B, T].
+    """
+
+    layer: int
+    valid: Tensor | None = None
+    query: Tensor | None = None
+    key: Tensor | None = None
+    visible: Tensor | None = None
+    scaling: float = 1.0
+    embeddings: Tensor | None = None
+    text: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -110,11 +110,12 @@ def _describe(
         heads=heads.heads,
         kv_heads=heads.kv_heads,
         head_dim=heads.head_dim,
-        key=Projection(f"{name}.{sources[0]}", rows.key),
-        value=Projection(f"{name}.{sources[1]}", rows.value),
+        query=Projection(f"{name}.{sources[0]}", rows.query),
+        key=Projection(f"{name}.{sources[1]}", rows.key),
+        value=Projection(f"{name}.{sources[2]}", rows.value),
         output=Projection(f"{name}.{linears['o']}", output),
         key_norm=any(hasattr(module, norm) for norm in KEY_NORMS),
-        value_linear=not _strangers(module),
+        value_linear=not _strangers(module) and getattr(config, "clip_qkv", None) is None,
     )
 
 
@@ -145,15 +146,18 @@ def _heads(name: str, module: nn.Module, config: Any, linears: dict[str, str]) -
 
 def _rows(
     name: str, module: nn.Module, family: str, heads: Heads, linears: dict[str, str]
-) -> tuple[Rows, tuple[str, str]]:
-    """Where key and value rows are, and the names of the layers that hold them."""
+) -> tuple[Rows, tuple[str, str, str]]:
+    """Where query, key and value rows are, and the names of the layers that hold them."""
     if "qkv" in linears:
-        rows, sources = fused_rows(family, linears["qkv"], heads), (linears["qkv"],) * 2
+        rows, source = fused_rows(family, linears["qkv"], heads), linears["qkv"]
+        sources = (source, source, source)
+    elif "q" in linears:
+        rows, sources = separate(heads), (linears["q"], linears["k"], linears["v"])
     else:
-        rows, sources = separate(heads), (linears["k"], linears["v"])
-    for source in sources:
+        raise UnsupportedModel("attention has no query projection of a known name", where=name)
+    for source in sources[1:]:
         _check_width(f"{name}.{source}", module.get_submodule(source), "out", rows.total)
-    return rows, (sources[0], sources[1])
+    return rows, sources
 
 
 def _check_width(where: str, linear: nn.Module, side: str, expected: int) -> None:

@@ -58,8 +58,9 @@ class Heads:
 
 @dataclass(frozen=True)
 class Rows:
-    """Output rows of a projection per kv head, for keys and for values, and the total row count."""
+    """Output rows per query head, and per kv head for keys and for values; rows of the key projection."""
 
+    query: Ranges
     key: Ranges
     value: Ranges
     total: int
@@ -72,22 +73,28 @@ def ranges(start: int, count: int, width: int, step: int = 0) -> Ranges:
 
 
 def separate(h: Heads) -> Rows:
-    """A projection of its own for keys, and one for values: heads back to back."""
+    """A projection of its own for queries, keys and values: heads back to back."""
     own = ranges(0, h.kv_heads, h.head_dim)
-    return Rows(own, own, h.kv_heads * h.head_dim)
+    return Rows(ranges(0, h.heads, h.head_dim), own, own, h.kv_heads * h.head_dim)
 
 
 def stacked(h: Heads) -> Rows:
     """One fused projection: all query heads, then all key heads, then all value heads."""
     key, value = h.heads * h.head_dim, (h.heads + h.kv_heads) * h.head_dim
     total = (h.heads + 2 * h.kv_heads) * h.head_dim
-    return Rows(ranges(key, h.kv_heads, h.head_dim), ranges(value, h.kv_heads, h.head_dim), total)
+    return Rows(
+        ranges(0, h.heads, h.head_dim),
+        ranges(key, h.kv_heads, h.head_dim),
+        ranges(value, h.kv_heads, h.head_dim),
+        total,
+    )
 
 
 def interleaved(h: Heads) -> Rows:
     """One fused projection: query, key and value of head 0, then those of head 1, and so on."""
     step = 3 * h.head_dim
     return Rows(
+        ranges(0, h.heads, h.head_dim, step),
         ranges(h.head_dim, h.heads, h.head_dim, step),
         ranges(2 * h.head_dim, h.heads, h.head_dim, step),
         h.heads * step,

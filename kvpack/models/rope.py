@@ -58,6 +58,16 @@ class ModelRope:
         square = cos * cos + sin * sin
         return self._rotate(x.float(), cos / square, -sin / square)
 
+    def partners(self, channels: int) -> Tensor:
+        """The channel that each of `channels` is turned with.
+
+        A quarter turn of every pair (cos 0, sin 1) sends the unit vector of a channel to its partner's.
+        """
+        cos, sin = self.embed(torch.zeros(1, 1, dtype=torch.long))
+        units = torch.eye(channels)[:, None, None]
+        turned = self._rotate(units, torch.zeros_like(cos.float()), torch.ones_like(sin.float()))
+        return turned.abs().flatten(1).argmax(1)
+
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         # Queries are rotated along with keys; a single empty head costs nothing.
         turning = x[..., : self.channels]
@@ -77,13 +87,22 @@ class NoRope:
         """`x` in float32."""
         return x.float()
 
+    def partners(self, channels: int) -> Tensor:
+        """Every channel for itself."""
+        return torch.arange(channels)
 
-def rope_of(model: nn.Module, attention: nn.Module) -> Rope:
+
+def rope_of(model: nn.Module, attention: nn.Module, *, fixed: bool = True) -> Rope:
     """The RoPE of one attention module of `model`.
 
+    Args:
+        model: holds the rotary module.
+        attention: the layer.
+        fixed: whether keys will be un-rotated, which needs frequencies that stay.
+
     Raises:
-        UnsupportedModel: no rotary module or several, a foreign rotation function, or frequencies
-            that change with the length of the text, so that stored keys cannot be un-rotated.
+        UnsupportedModel: no rotary module or several, a foreign rotation function, or, where
+            `fixed`, frequencies that change with the length of the text.
     """
     where = type(attention).__name__
     rotate = getattr(sys.modules[type(attention).__module__], _FUNCTION, None)
@@ -95,7 +114,8 @@ def rope_of(model: nn.Module, attention: nn.Module) -> Rope:
         return NoRope()
     rotary = _rotary_module(model, attention)
     layer_type = _layer_type(rotary, attention)
-    _check_fixed(rotary, layer_type, where)
+    if fixed:
+        _check_fixed(rotary, layer_type, where)
     # The model rounds cos and sin to its own dtype, whatever dtype a block is held in.
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     extra = {"layer_type": layer_type} if layer_type else {}

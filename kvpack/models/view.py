@@ -81,6 +81,11 @@ class ModelView:
         """Those of `outer_tensors` that `base` needs: all but an untied head."""
         return [name for name in self.outer_tensors() if name.startswith(f"{self.model.base_model_prefix}.")]
 
+    def head_tensors(self) -> list[str]:
+        """Those of `outer_tensors` that lead from the last block to the logits: not the embedding."""
+        embedding = next(n for n, m in self.model.named_modules() if m is self.model.get_input_embeddings())
+        return [name for name in self.outer_tensors() if not name.startswith(f"{embedding}.")]
+
     def load_block(self, layer: int, source: Reader, dtype: torch.dtype | None = None) -> None:
         """Fill a decoder layer from `source`, in `dtype` or the model's."""
         for name in self.block_tensors(layer):
@@ -90,7 +95,9 @@ class ModelView:
         """Empty a decoder layer."""
         self.empty(self.block_tensors(layer))
 
-    def load_outer(self, source: Reader, names: list[str] | None = None) -> None:
+    def load_outer(
+        self, source: Reader, names: list[str] | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         """Fill what stands outside the decoder layers, or only `names` of it; tied tensors share."""
         held: dict[str, nn.Parameter] = {}
         for name in self.outer_tensors() if names is None else names:
@@ -99,7 +106,7 @@ class ModelView:
             if holder in held:
                 module._parameters[leaf] = held[holder]
                 continue
-            self.fill({name: source.read(holder)})
+            self.fill({name: source.read(holder)}, dtype)
             parameter = module._parameters.get(leaf)
             if parameter is not None:
                 held[holder] = parameter

@@ -11,9 +11,24 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvpack.ops import affine as affine
+    from kvpack.ops import attention_scores as attention_scores
     from kvpack.ops import bits as bits
+    from kvpack.ops import block_float as block_float
+    from kvpack.ops import codebook as codebook
+    from kvpack.ops import fourier as fourier
     from kvpack.ops import gptq as gptq
     from kvpack.ops import hadamard as hadamard
+    from kvpack.ops import kmeans as kmeans
+    from kvpack.ops import kmeans_vectors as kmeans_vectors
+    from kvpack.ops import low_rank as low_rank
+    from kvpack.ops import magnitude as magnitude
+    from kvpack.ops import outliers as outliers
+    from kvpack.ops import query_metric as query_metric
+    from kvpack.ops import rows as rows
+    from kvpack.ops import saliency as saliency
+    from kvpack.ops import singular as singular
+    from kvpack.ops import top_tokens as top_tokens
+    from kvpack.ops import trits as trits
     from kvpack.ops import window as window
 
 

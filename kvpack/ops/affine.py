@@ -31,9 +31,11 @@ def split(x: Tensor, axis: str, size: int) -> Tensor:
 
     Returns:
         "channel": [..., T, D] -> [..., T, ceil(D/size), size], a short last group filled up with
-        its last channel, which leaves its range alone. "token": [..., T/size, size, D].
+        its last channel, which leaves its range alone. "token": [..., T/size, size, D]; a size of
+        0 is the whole axis.
     """
     if axis == "token":
+        size = size or x.shape[-2]
         return torch.unflatten(x, -2, (x.shape[-2] // size, size))
     channels = x.shape[-1]
     size = group_size(channels, size)

@@ -77,6 +77,40 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     return codes.flatten(-2)[..., :count].contiguous()
 
 
+def pack_wide(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes of up to 16 bits along the last axis, in as many bytes as `pack` would take.
+
+    Codes of more than 8 bits are two streams one after the other: the low bytes of all codes of the
+    row, then their other bits as `pack` lays them out.
+
+    Args:
+        codes: integers [..., N], every code below ``2**bits``.
+        bits: width of a code, 1 to 16.
+
+    Returns:
+        uint8 [..., ceil(N*bits/8)].
+
+    Raises:
+        ValueError: `bits` is out of range.
+    """
+    if bits <= 8:
+        return pack(codes.to(torch.uint8), bits)
+    low, high = codes & 255, codes >> 8
+    return torch.cat((low.to(torch.uint8), pack(high.to(torch.uint8), bits - 8)), -1)
+
+
+def unpack_wide(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Invert `pack_wide`: int64 [..., count].
+
+    Raises:
+        ValueError: `bits` is out of range, or the rows do not hold exactly `count` codes.
+    """
+    if bits <= 8:
+        return unpack(packed, bits, count).long()
+    high = unpack(packed[..., count:], bits - 8, count).long()
+    return packed[..., :count].long() | high << 8
+
+
 def _word(bits: int) -> tuple[int, int, torch.dtype]:
     """The smallest run of whole codes that fills whole bytes: its codes, bytes, and a dtype for it."""
     if 8 % bits == 0:

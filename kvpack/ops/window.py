@@ -1,6 +1,9 @@
-"""How many tokens leave an exact window; shared by the policies that keep one."""
+"""Windows of exact tokens: how many leave them, and which come first."""
 
 from __future__ import annotations
+
+import torch
+from torch import Tensor
 
 
 def leaving(tail_tokens: int, block: int, recent_tokens: int) -> int:
@@ -15,3 +18,21 @@ def leaving(tail_tokens: int, block: int, recent_tokens: int) -> int:
         return max(0, tail_tokens - recent_tokens)
     full = max(1, -(-recent_tokens // block)) * block
     return tail_tokens // full * full
+
+
+def first_tokens(seen: Tensor, valid: Tensor | None, tokens: int, first: int) -> Tensor | None:
+    """Which tokens of an update are among the `first` tokens of their row, bool [B, T]; None if none.
+
+    Args:
+        seen: tokens of each row before the update, padding not counted [B].
+        valid: tokens that are not padding [B, T]; None when all are.
+        tokens: T.
+        first: how many tokens of a row count as its first.
+    """
+    if first == 0:
+        return None
+    if valid is None:
+        valid = torch.ones((len(seen), tokens), dtype=torch.bool, device=seen.device)
+    order = seen.reshape(-1, 1) + valid.long().cumsum(-1)
+    found = valid & (order <= first)
+    return found if bool(found.any()) else None

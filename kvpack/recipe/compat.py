@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
 from kvpack.core.errors import RecipeError
 from kvpack.core.model_spec import AttentionSpec, ModelSpec
 from kvpack.core.registry import kind_of
-from kvpack.core.roles import Plane, Transform
+from kvpack.core.roles import Codec, Plane, Transform
+from kvpack.recipe.plan import PLANES, KVLayerPlan
 from kvpack.recipe.recipe import KVCacheRecipe
 
 UNSTABLE_ROPE = frozenset({"dynamic", "longrope"})
@@ -19,7 +23,8 @@ def check_rope(kv: KVCacheRecipe, model: ModelSpec) -> None:
         RecipeError: a transform undoes RoPE where there is none, or where its angles
             depend on the context length.
     """
-    needs_rope = [t for t in (*kv.key.transforms, *kv.value.transforms) if t.needs_rope]
+    index = () if kv.retrieve is None else kv.retrieve.index.transforms
+    needs_rope = [t for t in (*kv.key.transforms, *kv.value.transforms, *index) if t.needs_rope]
     kinds = set(model.rope_type.split("+"))
     if needs_rope and kinds & UNSTABLE_ROPE:
         raise RecipeError(
@@ -37,24 +42,46 @@ def check_rope(kv: KVCacheRecipe, model: ModelSpec) -> None:
         raise RecipeError("values carry no RoPE to undo", hint="remove the transform from kv_cache.value")
 
 
+def check_weight_codec(codec: Codec) -> None:
+    """Refuse codecs of caches for weights.
+
+    Raises:
+        RecipeError: a codec whose rows can only be decoded all together, or one that learns from
+            calibration: solvers give it nothing to learn from.
+    """
+    if codec.segment:
+        raise RecipeError(
+            f"codec {kind_of(codec)!r} as configured cannot pack weights",
+            why="its segments can only be decoded as a whole, and weights are read row by row",
+            hint="give groups along tokens (the rows) a size, or group along channels",
+        )
+    if codec.requires():
+        raise RecipeError(
+            f"codec {kind_of(codec)!r} cannot pack weights",
+            why="it learns from the tokens of a cache",
+            hint="use a codec that learns nothing, such as affine",
+        )
+
+
 def check_fold(plane: Plane, transforms: tuple[Transform, ...], attention: AttentionSpec) -> None:
     """Refuse folding that would change what the model computes.
 
     Raises:
-        RecipeError: keys (RoPE follows the projection), a transform without a dual, one that
-            depends on the token, or one that mixes heads.
+        RecipeError: a key transform that RoPE does not let pass, a transform without a dual, one
+            that depends on the token, or one that mixes heads.
     """
-    if plane == "key":
-        raise RecipeError(
-            "key transforms cannot be folded into the key projection",
-            why="RoPE is applied between the projection and the cache",
-            hint="remove `fold: true`; the transform then runs as tokens are stored",
-        )
     if not attention.value_linear:
         raise RecipeError(
-            "value transforms cannot be folded in this model",
-            why=f"a norm or gate stands between values and output projection of {attention.module}",
-            hint="set kv_cache.value.fold=false; the transform then runs as tokens are stored",
+            f"{plane} transforms cannot be folded in this model",
+            why=f"a norm or gate stands between projections and output projection of {attention.module}",
+            hint=f"set kv_cache.{plane}.fold=false; the transform then runs as tokens are stored",
+        )
+    stuck = next((t for t in transforms if plane == "key" and not t.commutes_with_rope), None)
+    if stuck is not None:
+        raise RecipeError(
+            f"transform {kind_of(stuck)!r} cannot be folded into the key projection",
+            why="RoPE is applied between the projection and the cache, and does not commute with it",
+            hint="set kv_cache.key.fold=false; the transform then runs as tokens are stored",
         )
     shape = (1, attention.kv_heads, 1, attention.head_dim)
     for transform in transforms:
@@ -67,3 +94,29 @@ def check_fold(plane: Plane, transforms: tuple[Transform, ...], attention: Atten
                 f"transform {kind_of(transform)!r} mixes heads and cannot be folded",
                 hint="use it with one head, or set fold: false",
             )
+
+
+def notes(layers: Sequence[KVLayerPlan]) -> Iterator[str]:
+    """What works in these layers, but not as well as it could."""
+    planes = {(plane, layer.plane(plane).codecs) for layer in layers for plane in PLANES}
+    for plane, codecs in sorted(planes, key=str):
+        for finer, coarser in pairwise(codecs):
+            by_age = layers[0].policy.scorer is None
+            if by_age and finer != coarser and not finer.nests(coarser):
+                yield (
+                    f"{plane} codes are decoded and encoded again when they step down from "
+                    f"{getattr(finer, 'bits', 0)} to {getattr(coarser, 'bits', 0)} bits: "
+                    "the second rounding adds error; ladders such as 8, 4, 2 bits only round codes"
+                )
+
+
+def unfolded(recipe: KVCacheRecipe | None, layers: Sequence[KVLayerPlan]) -> Iterator[str]:
+    """Why key transforms that were to be folded run online."""
+    if recipe is None or not (recipe.key.fold and recipe.key.transforms):
+        return
+    online = [layer.attention.layer for layer in layers if not layer.key.folded]
+    if online:
+        yield (
+            "key transforms run as tokens are stored and are not folded, to the same effect: "
+            f"a norm follows the key projection (layer {online[0]} and {len(online) - 1} more)"
+        )

@@ -126,10 +126,9 @@ def _contradictions(recipe: Recipe, root: Node) -> Iterator[RecipeError]:
             yield RecipeError(f"weights.{i}: {what}", where=str(nodes[i].at))
     if cache := recipe.kv_cache:
         known = list(cache.tiers)
-        for side in ("inside", "outside"):
-            tier = getattr(cache.policy, side)
+        for tier in (cache.policy.inside, *cache.policy.coded):
             if tier not in cache.tiers:
-                what = f"kv_cache.policy.{side}: no tier is called {tier!r}{suggest(tier, known)}"
+                what = f"kv_cache.policy: no tier is called {tier!r}{suggest(tier, known)}"
                 yield RecipeError(what, where=str(tree["kv_cache"].at), hint=f"tiers: {', '.join(known)}")
 
 

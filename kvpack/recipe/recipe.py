@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from kvpack.core.roles import Codec, Solver, TierPolicy, Transform
+from kvpack.core.roles import Codec, Retriever, Solver, TierPolicy, Transform
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ class Fidelity:
 class PlaneRecipe:
     """Transforms that run on keys or on values before the codec, in order.
 
-    `fold` moves them into the projections, which costs nothing at run time; only linear
-    transforms with a dual can be folded, and keys cannot where RoPE or a norm follows.
+    `fold` moves them into the projections, which costs nothing at run time; only linear transforms
+    with a dual can be folded, and into keys only those that commute with RoPE. Keys that a norm
+    follows are not folded: their transforms run as tokens are stored, to the same effect.
     """
 
     transforms: tuple[Transform, ...] = ()
@@ -54,13 +55,64 @@ class Tier:
 
 
 @dataclass(frozen=True)
+class DifferenceRecipe:
+    """Store a layer's input as its difference from the reconstructed input of the layer before.
+
+    The first `base_layers` layers are stored as they are, by the codec `base`; the others by the
+    tiers'. Source: XQuant-CL, arXiv 2508.10395.
+    """
+
+    base: Codec
+    base_layers: int = field(default=3, metadata={"minimum": 1})
+
+
+@dataclass(frozen=True)
+class InputsRecipe:
+    """Store the input X [T, C] of the attention projections; keys and values are made again from it.
+
+    `basis`: "none" stores X itself, as one plane, by the value codecs. "svd" stores X in the left
+    singular bases of W_k and W_v, by the key and the value codecs; with `difference` in the one
+    basis of [W_k|W_v], by the value codecs. "auto" takes X itself where it is no wider than keys
+    and values together, C <= 2*K*D, else "svd". `tap`: "post_norm" is X as the projections get it,
+    "residual" the input of the decoder layer, whose norm is applied again; it is stored as it is.
+    Source: XQuant, arXiv 2508.10395.
+    """
+
+    basis: Literal["auto", "none", "svd"] = "auto"
+    tap: Literal["post_norm", "residual"] = "post_norm"
+    difference: DifferenceRecipe | None = None
+
+
+@dataclass(frozen=True)
+class IndexRecipe:
+    """Codes of keys, kept only to score them: transforms, then a codec."""
+
+    codec: Codec
+    transforms: tuple[Transform, ...] = ()
+
+
+@dataclass(frozen=True)
+class RetrievalRecipe:
+    """Queries read chosen tokens only; layers with a sliding window are left alone.
+
+    `residency` "cpu" keeps keys and values in CPU memory, whatever device the model is on.
+    """
+
+    retriever: Retriever
+    index: IndexRecipe
+    residency: Literal["model", "cpu"] = "model"
+
+
+@dataclass(frozen=True)
 class KVCacheRecipe:
-    """The KV-cache scheme."""
+    """The KV-cache scheme; with `inputs` it stores those instead of keys and values."""
 
     tiers: Mapping[str, Tier]
     policy: TierPolicy
     key: PlaneRecipe = PlaneRecipe()
     value: PlaneRecipe = PlaneRecipe()
+    inputs: InputsRecipe | None = None
+    retrieve: RetrievalRecipe | None = None
 
 
 @dataclass(frozen=True)

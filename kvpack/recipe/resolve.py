@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from kvpack.core.errors import RecipeError, RecipeErrors
 from kvpack.core.model_spec import AttentionSpec, LinearSpec, ModelSpec
 from kvpack.core.registry import kind_of
-from kvpack.core.roles import Plane, Transform
+from kvpack.core.roles import Codec, Plane, Transform
 from kvpack.core.types import Shape, TensorSpec
-from kvpack.recipe import compat, patterns
+from kvpack.recipe import compat, fitting, inputs, patterns, ranking, retrieval
 from kvpack.recipe.plan import DroppedTensor, KVLayerPlan, Plan, PlanePlan, WeightPlan
 from kvpack.recipe.recipe import KVCacheRecipe, LoadedRecipe, PlaneRecipe, Tier, WeightRule
 
@@ -34,7 +35,8 @@ def resolve(loaded: LoadedRecipe, model: ModelSpec) -> Plan:
     ]
     gone = {d.name for d in dropped} | {w.linear.weight for w in weights.values()}
     copied = {n: TensorSpec(t.shape, t.dtype) for n, t in sorted(model.tensors.items()) if n not in gone}
-    return Plan(loaded, model, weights, copied, tuple(dropped), kv)
+    notes = (*compat.notes(kv), *compat.unfolded(loaded.recipe.kv_cache, kv))
+    return Plan(loaded, model, weights, copied, tuple(dropped), kv, notes)
 
 
 def _weights(loaded: LoadedRecipe, model: ModelSpec, errors: list[RecipeError]) -> dict[str, WeightPlan]:
@@ -67,6 +69,7 @@ def _pack(index: int, linear: LinearSpec, rule: WeightRule, model: ModelSpec) ->
             why="packing it alone would store it twice",
             hint=f"leave it out with {{match: {linear.name}, keep: true}} before this rule",
         )
+    compat.check_weight_codec(rule.codec)
     tensors = rule.codec.spec(linear.shape, model.tensors[linear.weight].dtype)
     return WeightPlan(linear, index, rule.codec, rule.solver, tensors)
 
@@ -96,22 +99,29 @@ def _kv_cache(loaded: LoadedRecipe, model: ModelSpec, errors: list[RecipeError])
         return ()
     try:
         compat.check_rope(kv, model)
-        outside = _tiers(kv)
-        return tuple(_kv_layer(attention, kv, outside, model) for attention in model.attention)
+        calibration = loaded.recipe.calibration
+        kv = fitting.for_rows(kv, calibration.samples * calibration.sample_tokens)
+        coded = _coded_tiers(kv)
+        if kv.inputs is not None:
+            inputs.check_inputs(kv, kv.inputs, coded, model)
+        return tuple(_kv_layer(attention, kv, coded, model) for attention in model.attention)
     except RecipeError as error:
         errors.append(_located(error, loaded, "kv_cache"))
         return ()
 
 
-def _tiers(kv: KVCacheRecipe) -> Tier:
-    """The tier that encodes; the other one must keep the original bytes."""
-    for name in (kv.policy.inside, kv.policy.outside):
+def _coded_tiers(kv: KVCacheRecipe) -> tuple[Tier, ...]:
+    """The tiers that encode, in the policy's order; the one inside must keep the original bytes."""
+    used = (kv.policy.inside, *kv.policy.coded)
+    for name in used:
         if name not in kv.tiers:
             raise RecipeError(
                 f"the policy names tier {name!r}, which is not defined",
                 hint=f"tiers: {', '.join(sorted(kv.tiers))}",
             )
-    unused = sorted(set(kv.tiers) - {kv.policy.inside, kv.policy.outside})
+    if len(set(used)) < len(used):
+        raise RecipeError(f"the policy names a tier twice: {', '.join(used)}")
+    unused = sorted(set(kv.tiers) - set(used))
     if unused:
         raise RecipeError(
             f"tier {unused[0]!r} is never used by policy {kind_of(kv.policy)!r}", hint="remove it"
@@ -120,34 +130,50 @@ def _tiers(kv: KVCacheRecipe) -> Tier:
     if {kind_of(inside.key), kind_of(inside.value)} != {"identity"}:
         raise RecipeError(
             f"tier {kv.policy.inside!r} is the exact window and takes codec 'identity' only",
-            hint="give the compressing codec to the policy's outside tier",
+            hint="give the compressing codec to another tier",
         )
-    return kv.tiers[kv.policy.outside]
+    return tuple(kv.tiers[name] for name in kv.policy.coded)
 
 
-def _kv_layer(attention: AttentionSpec, kv: KVCacheRecipe, tier: Tier, model: ModelSpec) -> KVLayerPlan:
-    return KVLayerPlan(
+def _kv_layer(
+    attention: AttentionSpec, kv: KVCacheRecipe, coded: tuple[Tier, ...], model: ModelSpec
+) -> KVLayerPlan:
+    if kv.inputs is not None:
+        stored = inputs.plan_layer(attention, kv, kv.inputs, coded, model)
+        ranking.check_ranking(stored, model.dtype)
+        return stored
+    plan = KVLayerPlan(
         attention,
-        _plane("key", kv.key, tier, attention, model),
-        _plane("value", kv.value, tier, attention, model),
+        _plane("key", kv.key, tuple(tier.key for tier in coded), attention, model),
+        _plane("value", kv.value, tuple(tier.value for tier in coded), attention, model),
         kv.policy,
+        retrieval=retrieval.plan_retrieval(kv, attention, model.dtype),
     )
+    ranking.check_ranking(plan, model.dtype)
+    return plan
 
 
 def _plane(
-    plane: Plane, recipe: PlaneRecipe, tier: Tier, attention: AttentionSpec, model: ModelSpec
+    plane: Plane,
+    recipe: PlaneRecipe,
+    codecs: tuple[Codec, ...],
+    attention: AttentionSpec,
+    model: ModelSpec,
 ) -> PlanePlan:
-    codec = tier.key if plane == "key" else tier.value
-    shape: Shape = (1, attention.kv_heads, codec.token_block, attention.head_dim)
+    block = math.lcm(*(codec.token_block for codec in codecs))
+    shape: Shape = (1, attention.kv_heads, block, attention.head_dim)
     states: list[Mapping[str, TensorSpec]] = []
     for transform in recipe.transforms:
         states.append(transform.state_spec(shape))
         shape = _checked_shape(transform, shape)
     if recipe.fold:
         compat.check_fold(plane, recipe.transforms, attention)
-    codec.spec(shape, model.dtype)  # refuses here what it cannot encode
-    states.append(codec.state_spec(shape))
-    return PlanePlan(recipe.transforms, recipe.fold, codec, tuple(states))
+    # A norm of the keys has one gain for all heads; beside it the transforms run online.
+    folded = recipe.fold and not (plane == "key" and attention.key_norm)
+    for codec in codecs:
+        codec.spec(shape, model.dtype)  # refuses here what it cannot encode
+        states.append(codec.state_spec(shape))
+    return PlanePlan(recipe.transforms, folded, codecs, tuple(states))
 
 
 def _checked_shape(transform: Transform, shape: Shape) -> Shape:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from kvpack.core.errors import UsageError
-from kvpack.core.roles import Plane
 from kvpack.core.types import Rope, State
-from kvpack.recipe.plan import PLANES, KVLayerPlan, state_name
+from kvpack.models.rematerialise import Rematerialiser
+from kvpack.recipe.inputs_plan import InputsPlan, basis_name
+from kvpack.recipe.plan import KVLayerPlan, state_name
+from kvpack.runtime.chain import ChainedLayer, Reconstruction
+from kvpack.runtime.inputs import InputsLayer
 from kvpack.runtime.layer import KVPackLayer
+from kvpack.runtime.ranked_layer import RankedLayer
+from kvpack.runtime.retrieval import RetrievalLayer
 from kvpack.runtime.tokens import TokenTrack
 
 
@@ -22,15 +28,17 @@ class KVScheme:
     """Everything a cache of one model is made from; shared by its caches.
 
     `plans` holds one plan per layer, `states` the tensors of online transforms and codecs under the names
-    of `kvpack.recipe.plan.state_name`, `ropes` the rotary embedding of each layer that needs it.
+    of `kvpack.recipe.plan.state_name` and bases under those of `basis_name`, `ropes` the rotary embedding
+    of each layer that needs it, `remakes` what makes keys and values where a layer stores its input.
 
     Raises:
-        UsageError: layers are missing, or a transform's state is.
+        UsageError: layers are missing, or a state is, or what makes keys and values.
     """
 
     plans: tuple[KVLayerPlan, ...]
     states: Mapping[str, Tensor] = field(default_factory=dict)
     ropes: Mapping[int, Rope] = field(default_factory=dict)
+    remakes: Mapping[int, Rematerialiser] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         layers = [plan.attention.layer for plan in self.plans]
@@ -38,23 +46,18 @@ class KVScheme:
             raise UsageError(
                 f"the KV plans cover layers {layers}", why="every attention layer needs one, in order"
             )
-        expected = {name for plan in self.plans for name in self._names(plan)}
+        expected = {name for plan in self.plans for name in plan.state_tensors()}
         if missing := sorted(expected - set(self.states)):
             raise UsageError(f"state {missing[0]!r} of the KV scheme is missing", hint="calibrate again")
+        stored = {plan.attention.layer for plan in self.plans if plan.inputs is not None}
+        if unmade := sorted(stored - set(self.remakes)):
+            raise UsageError(f"nothing makes the keys and values of layer {unmade[0]} from its input")
 
-    def _names(self, plan: KVLayerPlan) -> list[str]:
-        return [
-            state_name(plan.attention.layer, plane, i, name)
-            for plane in PLANES
-            for i, specs in plan.plane(plane).online_states().items()
-            for name in specs
-        ]
-
-    def states_of(self, plan: KVLayerPlan, plane: Plane) -> tuple[State, ...]:
-        """State of every online transform of a plane, in order, and last of its codec."""
+    def states_of(self, plan: KVLayerPlan, chain: str) -> tuple[State, ...]:
+        """State of every online transform of a chain, in order, and last of its codecs."""
         return tuple(
-            {n: self.states[state_name(plan.attention.layer, plane, i, n)] for n in specs}
-            for i, specs in plan.plane(plane).online_states().items()
+            {n: self.states[state_name(plan.attention.layer, chain, i, n)] for n in specs}
+            for i, specs in plan.chains[chain].online_states().items()
         )
 
     @property
@@ -63,9 +66,14 @@ class KVScheme:
         return any(plan.policy.needs_hidden for plan in self.plans)
 
     @property
+    def sees_attention(self) -> bool:
+        """Whether layers must be shown the queries."""
+        return any(plan.sees_attention for plan in self.plans)
+
+    @property
     def needs_rope(self) -> bool:
         """Whether a transform undoes RoPE."""
-        return any(t.needs_rope for plan in self.plans for p in PLANES for t in plan.plane(p).online)
+        return any(t.needs_rope for plan in self.plans for c in plan.chains.values() for t in c.online)
 
 
 class KVPackCache(Cache):
@@ -88,18 +96,32 @@ class KVPackCache(Cache):
     def __init__(self, scheme: KVScheme, *, exact_prefill: bool = True) -> None:
         self.scheme, self.exact_prefill = scheme, exact_prefill
         self.track = TokenTrack()
-        layers = [
-            KVPackLayer(
-                plan,
-                {plane: scheme.states_of(plan, plane) for plane in PLANES},
-                scheme.ropes.get(plan.attention.layer),
-                self.track,
-                exact_prefill=exact_prefill,
-            )
-            for plan in scheme.plans
-        ]
+        self.reconstruction = Reconstruction(len(scheme.plans) - 1)
+        layers = [self._layer(plan) for plan in scheme.plans]
         super().__init__(layers=layers)
         self.layers: list[KVPackLayer] = layers
+
+    def _layer(self, plan: KVLayerPlan) -> KVPackLayer:
+        states = {chain: self.scheme.states_of(plan, chain) for chain in plan.chains}
+        if plan.inputs is not None:
+            return self._inputs_layer(plan, plan.inputs, states)
+        rope = self.scheme.ropes.get(plan.attention.layer)
+        make: Callable[..., KVPackLayer] = KVPackLayer
+        if plan.retrieval is not None:
+            make = partial(RetrievalLayer, retrieval=plan.retrieval)
+        elif plan.policy.scorer is not None or plan.sees_attention:
+            make = RankedLayer
+        return make(plan=plan, states=states, rope=rope, track=self.track, exact_prefill=self.exact_prefill)
+
+    def _inputs_layer(
+        self, plan: KVLayerPlan, inputs: InputsPlan, states: Mapping[str, tuple[State, ...]]
+    ) -> KVPackLayer:
+        layer = plan.attention.layer
+        bases = {plane: self.scheme.states[basis_name(layer, plane)] for plane in inputs.bases}
+        parts = (plan, states, bases, self.scheme.remakes[layer], self.track)
+        if inputs.link is None:
+            return InputsLayer(*parts, exact_prefill=self.exact_prefill)
+        return ChainedLayer(*parts, self.reconstruction, exact_prefill=self.exact_prefill)
 
     def begin(self, batch: int, tokens: int, attention_mask: Tensor | None = None) -> None:
         """Announce a forward pass; `attention_mask` [B, T] covers the cached and the new tokens.
@@ -107,6 +129,7 @@ class KVPackCache(Cache):
         Raises:
             UsageError: the batch changed, or the mask is too short.
         """
+        self.reconstruction.clear()
         self.track.begin(self.get_seq_length(), batch, tokens, attention_mask)
 
     def reset(self) -> None:
@@ -133,6 +156,7 @@ class KVPackCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest -`tokens_to_remove` tokens; see `KVPackLayer.crop`."""
         super().crop(tokens_to_remove)
+        self.reconstruction.clear()
         self.track.crop(self.get_seq_length())
 
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
@@ -152,6 +176,11 @@ class KVPackCache(Cache):
     def allocated_nbytes(self) -> int:
         """The same with the buffers' room to grow."""
         return self.track.nbytes + sum(layer.allocated_nbytes for layer in self.layers)
+
+    @property
+    def device_nbytes(self) -> int:
+        """Of `nbytes`, those on the model's device: without what is kept on the CPU."""
+        return self.track.nbytes + sum(layer.device_nbytes for layer in self.layers)
 
     @property
     def elements(self) -> int:
@@ -174,8 +203,11 @@ class KVPackCache(Cache):
 
 
 def make_scheme(
-    plans: Sequence[KVLayerPlan], states: Mapping[str, Tensor], ropes: Mapping[int, Rope] | None = None
+    plans: Sequence[KVLayerPlan],
+    states: Mapping[str, Tensor],
+    ropes: Mapping[int, Rope] | None = None,
+    remakes: Mapping[int, Rematerialiser] | None = None,
 ) -> KVScheme:
     """A scheme from the plans of all layers, in any order."""
     ordered = sorted(plans, key=lambda plan: plan.attention.layer)
-    return KVScheme(tuple(ordered), dict(states), dict(ropes or {}))
+    return KVScheme(tuple(ordered), dict(states), dict(ropes or {}), dict(remakes or {}))

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from kvpack.core.errors import UnsupportedModel, UsageError
 from kvpack.core.types import Rope
+from kvpack.models.attention_interface import observe, set_observer
+from kvpack.models.rematerialise import Rematerialiser
 from kvpack.models.rope import rope_of
 from kvpack.recipe.plan import KVLayerPlan
 from kvpack.runtime.cache import KVPackCache, KVScheme, make_scheme
+from kvpack.runtime.layer import KVPackLayer
 
 SCHEME = "_kvpack_scheme"
 """Attribute of a model that holds its `KVScheme`."""
@@ -79,16 +82,20 @@ def install(
 
     Raises:
         UsageError: the model has a scheme already, or layers or states are missing.
-        UnsupportedModel: RoPE is to be undone and the model's cannot be, or the model does not
-            take `past_key_values`.
+        UnsupportedModel: RoPE is to be undone or applied again and the model's cannot be, or the model
+            does not take `past_key_values`.
     """
     if getattr(model, SCHEME, None) is not None:
         raise UsageError("this model has a KV-cache scheme already", hint="load the artifact anew")
-    scheme = make_scheme(plans, states)
+    taps = {
+        p.attention.layer: (p.attention, p.inputs.tap == "residual") for p in plans if p.inputs is not None
+    }
+    remakes = {n: Rematerialiser.of(model, a, residual=residual) for n, (a, residual) in taps.items()}
+    scheme = make_scheme(plans, states, remakes=remakes)
     if ropes is None and scheme.needs_rope:
         modules = {plan.attention.layer: model.get_submodule(plan.attention.module) for plan in scheme.plans}
         ropes = {layer: rope_of(model, module) for layer, module in modules.items()}
-    scheme = make_scheme(plans, states, ropes)
+    scheme = make_scheme(plans, states, ropes, remakes)
     base = model.base_model
     names = list(inspect.signature(base.forward).parameters)
     if "past_key_values" not in names:
@@ -99,9 +106,51 @@ def install(
         if index == 0 or scheme.needs_hidden:
             block = model.get_submodule(plan.attention.block)
             block.register_forward_pre_hook(_observe(plan, index == 0), with_kwargs=True)
+    for layer, (attention, residual) in taps.items():
+        module = model.get_submodule(attention.block if residual else attention.module)
+        module.register_forward_pre_hook(_show_input(layer), with_kwargs=True)
+    if scheme.sees_attention:
+        observe(model)
+        for plan in scheme.plans:
+            _show_attention(model.get_submodule(plan.attention.module), plan.attention.layer)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.cache_implementation = None
     model.__class__ = _subclass(type(model))
+
+
+def _show_attention(attention: nn.Module, layer: int) -> None:
+    """Let the layer of the cache that is in use see what one attention module computes."""
+    in_use: list[KVPackLayer | None] = [None]
+
+    def find(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = _cache_among(args, kwargs)
+        in_use[0] = None if cache is None else cache.layers[layer]
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        # The cache is let go at once, so that the model never keeps a finished one alive.
+        held, in_use[0] = in_use[0], None
+        return None if held is None else held.attend(query, key, value, mask, scaling)
+
+    attention.register_forward_pre_hook(find, with_kwargs=True)
+    set_observer(attention, attend)
+
+
+def _show_input(layer: int) -> Hook:
+    """Hook on an attention module or its block: shows its input to the layer of the cache that stores it."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = _cache_among(args, kwargs)
+        if cache is not None:
+            cache.layers[layer].see_input(args[0] if args else kwargs["hidden_states"])
+
+    return hook
+
+
+def _cache_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> KVPackCache | None:
+    """The compressed cache that a module was given, None if there is none."""
+    return next((v for v in (*kwargs.values(), *args) if isinstance(v, KVPackCache)), None)
 
 
 def _subclass(cls: type) -> type:
@@ -126,6 +175,9 @@ def _announce(scheme: KVScheme, names: Sequence[str]) -> Hook:
         inputs = given["inputs_embeds"] if inputs is None else inputs
         mask = given.get("attention_mask")
         cache.begin(inputs.shape[0], inputs.shape[1], mask if isinstance(mask, Tensor) else None)
+        types = given.get("mm_token_type_ids", given.get("token_type_ids"))
+        if isinstance(types, Tensor) and types.shape == inputs.shape[:2]:
+            cache.track.text = types == 0
         return (), given
 
     return hook
@@ -142,11 +194,14 @@ def _observe(plan: KVLayerPlan, first: bool) -> Hook:
     """Hook on a decoder layer: tells the cache of positions (first layer only) and hidden states."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = next((v for v in (*kwargs.values(), *args) if isinstance(v, KVPackCache)), None)
+        cache = _cache_among(args, kwargs)
         if cache is None:
             return
         if first and isinstance(kwargs.get("position_ids"), Tensor):
             cache.track.locate(kwargs["position_ids"])
+        scorer = plan.policy.scorer
+        if first and scorer is not None and scorer.needs == "embeddings":
+            cache.track.embeddings = args[0] if args else kwargs["hidden_states"]
         if plan.policy.needs_hidden:
             cache.track.hidden[plan.attention.layer] = args[0] if args else kwargs["hidden_states"]
 

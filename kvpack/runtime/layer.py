@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kvpack.core.errors import UsageError
 from kvpack.core.roles import Plane
 from kvpack.core.types import CacheView, Rope, Site, State
-from kvpack.recipe.plan import PLANES, KVLayerPlan
+from kvpack.recipe.plan import KVLayerPlan
 from kvpack.runtime.overlay import Overlay
 from kvpack.runtime.plane import PlaneCache
 from kvpack.runtime.tokens import TokenTrack
@@ -35,7 +36,7 @@ class KVPackLayer(CacheLayerMixin):
     def __init__(
         self,
         plan: KVLayerPlan,
-        states: Mapping[Plane, tuple[State, ...]],
+        states: Mapping[str, tuple[State, ...]],
         rope: Rope | None,
         track: TokenTrack,
         *,
@@ -52,15 +53,22 @@ class KVPackLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take batch, dtype and device from the first keys and values [B, K, T, D]."""
-        site = Site(self.plan.attention.layer, self._rope, None, key_states.shape[1])
-        for name, like in zip(PLANES, (key_states, value_states), strict=True):
-            states = [{n: t.to(like.device) for n, t in state.items()} for state in self._states[name]]
-            self._planes[name] = PlaneCache(self.plan.plane(name), states, site, like)
+        self._planes = self._make_planes(key_states, value_states)
         self._overlay = Overlay(key_states)
         self._memory: State = {}
         self.batch_size = key_states.shape[0]
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
+
+    def _make_planes(self, key_states: Tensor, value_states: Tensor) -> dict[Plane, PlaneCache]:
+        """Empty planes for what `_append` will put into them."""
+        return {"key": self._make_plane("key", key_states), "value": self._make_plane("value", value_states)}
+
+    def _make_plane(self, name: Plane, like: Tensor) -> PlaneCache:
+        site = Site(self.plan.attention.layer, self._rope, None, like.shape[1])
+        states = [{n: t.to(like.device) for n, t in state.items()} for state in self._states[name]]
+        placement = partial(self.plan.policy.placement, plane=name)
+        return PlaneCache(self.plan.plane(name), placement, states, site, like)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -80,8 +88,7 @@ class KVPackLayer(CacheLayerMixin):
         start = self._window_start(past)
         self._protect(key_states, value_states, past)
         held = self._read(start, past, key_states, value_states) if self.exact_prefill else None
-        self._planes["key"].append(key_states)
-        self._planes["value"].append(value_states)
+        self._append(key_states, value_states)
         if held is None:
             self._encode(start)
             held = self._read(start, past + new)
@@ -90,6 +97,32 @@ class KVPackLayer(CacheLayerMixin):
             self._encode(self._window_start(past + new))
             self._drop()
         return held
+
+    def _append(self, key_states: Tensor, value_states: Tensor) -> None:
+        self._planes["key"].append(key_states)
+        self._planes["value"].append(value_states)
+
+    def see_input(self, x: Tensor) -> None:
+        """What attention is given [B, T, C], before `update`; ignored where it is not stored."""
+
+    @property
+    def sees_attention(self) -> bool:
+        """Whether `attend` must be called between `update` and attention."""
+        return False
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """What attention shall read instead of what `update` returned; None leaves it as it is.
+
+        Args:
+            query: [B, H, T, D] of the update's tokens.
+            key: as `update` returned them, [B, K, S, D].
+            value: the same.
+            mask: as attention is given it, see `kvpack.models.attention_interface.visible`.
+            scaling: factor of the scores.
+        """
+        return None
 
     def _check_announced(self, length: int, batch: int) -> None:
         if (self.track.length, self.track.batch) != (length, batch):
@@ -138,13 +171,16 @@ class KVPackLayer(CacheLayerMixin):
     def _encode(self, needed: int) -> None:
         """Encode what leaves the tails; slots before `needed` are out of the window."""
         for name, plane in self._planes.items():
-            tail = plane.length - plane.boundary
-            if self.exact_prefill:
-                count = self.plan.policy.leaving(tail, plane.block, name)
-            else:
-                count = tail // plane.block * plane.block
             with torch.no_grad():
-                plane.encode(count, needed, self.track, self._overlay)
+                plane.encode(self._leaving(name), needed, self.track, self._overlay)
+
+    def _leaving(self, name: Plane) -> int:
+        """How many of the oldest exact tokens of a plane are to be encoded now."""
+        plane = self._planes[name]
+        tail = plane.length - plane.boundary
+        if self.exact_prefill:
+            return self.plan.policy.leaving(tail, plane.block, name)
+        return tail // plane.block * plane.block
 
     def _drop(self) -> None:
         """Free what fell out of the sliding window."""
@@ -156,7 +192,7 @@ class KVPackLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Slots so far: padding and tokens out of the window included."""
-        return self._planes["key"].length if self.is_initialized else 0
+        return next(iter(self._planes.values())).length if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and first slot of what `update` will return for `query_length` new tokens."""
@@ -259,6 +295,11 @@ class KVPackLayer(CacheLayerMixin):
         return planes + self._overlay.nbytes if self.is_initialized else 0
 
     @property
+    def device_nbytes(self) -> int:
+        """Bytes on the model's device: all."""
+        return self.nbytes
+
+    @property
     def allocated_nbytes(self) -> int:
         """The same with the room to grow."""
         planes = sum(plane.allocated_nbytes for plane in self._planes.values())
@@ -270,12 +311,13 @@ class KVPackLayer(CacheLayerMixin):
         if not self.is_initialized:
             return 0
         held = self.get_seq_length() - self._window_start(self.get_seq_length())
-        return sum(held * p.tail.shape[0] * p.tail.shape[1] * p.tail.shape[3] for p in self._planes.values())
+        attention = self.plan.attention
+        return 2 * held * self.batch_size * attention.kv_heads * attention.head_dim
 
     @property
     def stored_tokens(self) -> dict[Plane, int]:
         """Tokens held in encoded form."""
-        return {name: plane.store.tokens for name, plane in self._planes.items()}
+        return {name: plane.stored_tokens for name, plane in self._planes.items()}
 
     @property
     def protected_tokens(self) -> int:
@@ -285,4 +327,4 @@ class KVPackLayer(CacheLayerMixin):
     @property
     def encoded_tokens(self) -> int:
         """Tokens ever encoded, keys and values counted apart; equal to those stored unless some left."""
-        return self._encoded_before_reset + sum(p.store.encoded_tokens for p in self._planes.values())
+        return self._encoded_before_reset + sum(p.encoded_tokens for p in self._planes.values())

@@ -1,52 +1,86 @@
-"""Keys or values of one layer: encoded tokens, then an exact tail."""
+"""Keys or values of one layer: encoded tokens in one or more tiers, then an exact tail."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kvpack.core.roles import Transform
-from kvpack.core.types import Payload, Shape, Site, State
-from kvpack.recipe.plan import PlanePlan
+from kvpack.core.types import Shape, Site, State
+from kvpack.recipe.plan import PlanePlan, drop_oldest
 from kvpack.runtime.overlay import Overlay
-from kvpack.runtime.store import BlockStore
+from kvpack.runtime.tier import Tier
 from kvpack.runtime.tokens import TokenTrack
 
 PIECE_ELEMENTS = 1 << 22
 """Numbers that are encoded or decoded at a time; bounds the float32 copies that this takes."""
 
+Placement = Callable[[int, int], "tuple[int, ...]"]
+"""(tokens that have left the tail, token block) -> tokens per tier: `TierPolicy.placement`."""
+
 
 class PlaneCache:
     """The slots of one plane, oldest first: some dropped, then encoded ones, then exact ones.
 
-    Slots before `boundary` have left the tail. The store holds the newest of them, the tail
-    [B, K, T, D] the slots from `tail_start` on; `tail_start` lies behind `boundary` only where a
-    sliding window made tokens useless before they could leave, always by whole blocks.
+    Slots before `boundary` have left the tail. The tiers hold the newest of them, the first tier
+    the newest; the tail [B, K, T, D] holds the slots from `tail_start` on, which lies behind
+    `boundary` only where a sliding window made tokens useless before they could leave, always by
+    whole blocks.
 
     Args:
-        plan: transforms and codec.
-        states: state of each online transform, in order, and of the codec.
+        plan: transforms and codecs.
+        placement: how old tokens are spread over the tiers.
+        states: state of each online transform, in order, and of each codec.
         site: layer and rotary embedding for the transforms.
         like: a plane [B, K, T, D] whose shape but T, dtype and device are taken.
     """
 
-    def __init__(self, plan: PlanePlan, states: Sequence[State], site: Site, like: Tensor) -> None:
+    def __init__(
+        self, plan: PlanePlan, placement: Placement, states: Sequence[State], site: Site, like: Tensor
+    ) -> None:
         batch, heads, _, channels = like.shape
-        self.codec, self.block = plan.codec, plan.codec.token_block
-        *transform_states, self.codec_state = states
+        self.block, self._placement = plan.block, placement
         shape: Shape = (batch, heads, self.block, channels)
         self.transforms: list[tuple[Transform, State, Site]] = []
-        for transform, state in zip(plan.online, transform_states, strict=True):
+        for transform, state in zip(plan.online, states, strict=False):
             self.transforms.append((transform, state, replace(site, kv_heads=shape[1])))
             shape = transform.shape(shape)
-        self.coded = shape
-        specs = plan.codec.spec(self.coded, str(like.dtype).removeprefix("torch."))
-        self.store = BlockStore(specs, self.block, like.device)
+        of_codecs = states[len(plan.online) :]
+        self.tiers = [
+            Tier(codec, state, shape, like.dtype, like.device)
+            for codec, state in zip(plan.codecs, of_codecs, strict=True)
+        ]
         self.tail = like.new_empty((batch, heads, 0, channels))
         self.boundary = self.tail_start = 0
+        self._coded_shape = shape
+        self._fitted: set[int] = set()
+
+    @property
+    def coded_shape(self) -> Shape:
+        """[B, K', token block, D'] of what the codecs see."""
+        return (self.tail.shape[0], *self._coded_shape[1:])
+
+    def fit_prompt(self, queries: Tensor, tokens: TokenTrack) -> None:
+        """Make the states of transforms that want it from the tail and its queries [B, H, T, D]."""
+        if not any(transform.fits_prompt for transform, _, _ in self.transforms):
+            return
+        valid = tokens.valid_of(self.tail_start, self.length)
+        positions = tokens.positions_of(self.tail_start, self.length)
+        # One query head of every kv head at a time, so that positions fit the tokens.
+        heads = list(torch.unflatten(queries, 1, (self.tail.shape[1], -1)).unbind(2))
+        x: Tensor = self.tail
+        for i, (transform, _, site) in enumerate(self.transforms):
+            at = replace(site, positions=positions)
+            if transform.fits_prompt:
+                rows = None if valid is None else valid.repeat(1, len(heads))
+                fitted = transform.fit_prompt(x, torch.cat(heads, 2), valid, rows)
+                self.transforms[i] = (transform, {n: t.clone() for n, t in fitted.items()}, site)
+                self._fitted.add(i)
+            state = self.transforms[i][1]
+            x, heads = transform.forward(x, state, at), [transform.query(q, state, at) for q in heads]
 
     @property
     def length(self) -> int:
@@ -54,10 +88,20 @@ class PlaneCache:
         return self.tail_start + self.tail.shape[2]
 
     @property
+    def stored_tokens(self) -> int:
+        """Tokens held in encoded form."""
+        return sum(tier.tokens for tier in self.tiers)
+
+    @property
+    def encoded_tokens(self) -> int:
+        """Tokens ever encoded; a token that changes tiers counts again."""
+        return sum(tier.store.encoded_tokens for tier in self.tiers)
+
+    @property
     def first(self) -> int:
         """The oldest slot that can still be read."""
-        tail_only = self.tail_start > self.boundary or not self.store.tokens
-        return self.tail_start if tail_only else self.boundary - self.store.tokens
+        tail_only = self.tail_start > self.boundary or not self.stored_tokens
+        return self.tail_start if tail_only else self.boundary - self.stored_tokens
 
     @property
     def _piece_tokens(self) -> int:
@@ -68,49 +112,100 @@ class PlaneCache:
         self.tail = torch.cat((self.tail, x.detach().to(self.tail.dtype)), 2)
 
     def encode(self, count: int, needed: int, tokens: TokenTrack, overlay: Overlay) -> None:
-        """Move the `count` oldest slots behind `boundary` out of the tail.
+        """Move the `count` oldest slots behind `boundary` out of the tail, and others between tiers.
 
         Blocks that lie before slot `needed` as a whole are dropped without being encoded.
         """
-        useless = max(needed, self.tail_start) - self.boundary
-        skipped = min(count, max(0, useless // self.block * self.block))
-        if skipped:
-            self.store.clear()
-        start, stop = self.boundary + skipped, self.boundary + count
-        step = max(1, self._piece_tokens // self.block) * self.block
-        for at in range(start, stop, step):
-            self._encode(at, min(stop, at + step), tokens, overlay)
-        if count:
-            self.tail = self.tail[:, :, max(0, stop - self.tail_start) :].clone()
-            self.boundary, self.tail_start = stop, max(stop, self.tail_start)
+        if not count:
+            return
+        start, stop = self.coming(count, needed), self.boundary + count
+        if start > self.boundary:
+            for tier in self.tiers:
+                tier.store.clear()
+        held = self.stored_tokens + stop - start
+        target = drop_oldest(self._placement(stop, self.block), stop - held)
+        for index in reversed(range(len(self.tiers))):
+            start = self._fill(index, target[index], start, stop, tokens, overlay)
+        self.tail = self.tail[:, :, max(0, stop - self.tail_start) :].clone()
+        self.boundary, self.tail_start = stop, max(stop, self.tail_start)
 
-    def _encode(self, start: int, stop: int, tokens: TokenTrack, overlay: Overlay) -> None:
-        x = self.tail[:, :, start - self.tail_start : stop - self.tail_start]
-        positions = tokens.positions_of(start, stop)
-        for transform, state, site in self.transforms:
-            x = transform.forward(x, state, replace(site, positions=positions))
-        valid = tokens.valid_of(start, stop)
-        protected = overlay.mask(x.shape[0], start, stop)
-        if protected is not None:
-            valid = ~protected if valid is None else valid & ~protected
-        payload = self.codec.encode(
-            x, self.codec_state, None if valid is None or bool(valid.all()) else valid
-        )
-        self.store.append(payload.tensors, stop - start)
+    def coming(self, count: int, needed: int) -> int:
+        """The first slot that is encoded when `count` leave the tail: whole blocks may be useless."""
+        useless = max(needed, self.tail_start) - self.boundary
+        return self.boundary + min(count, max(0, useless // self.block * self.block))
+
+    def _fill(
+        self, index: int, target: int, start: int, stop: int, tokens: TokenTrack, overlay: Overlay
+    ) -> int:
+        """Bring a tier to `target` tokens, from younger tiers and then from the tail's slot `start` on.
+
+        Returns the first slot that is still in the tail. The first tier takes all that is left.
+        """
+        tier = self.tiers[index]
+        for younger in reversed(self.tiers[:index]):
+            moved = min(younger.tokens, max(0, target - tier.tokens))
+            if moved:
+                self._step_down(younger, tier, moved, start, tokens, overlay)
+        taken = stop - start if index == 0 else min(stop - start, max(0, target - tier.tokens))
+        for length in tier.lengths(taken, self._piece_tokens):
+            x = self.tail[:, :, start - self.tail_start : start - self.tail_start + length]
+            positions = tokens.positions_of(start, start + length)
+            for transform, state, site in self.transforms:
+                x = transform.forward(x, state, replace(site, positions=positions))
+            tier.append(x, self._valid(start, length, tokens, overlay), self.tiers[:index])
+            start += length
+        return start
+
+    def _step_down(
+        self, source: Tier, target: Tier, moved: int, start: int, tokens: TokenTrack, overlay: Overlay
+    ) -> None:
+        """Decode the `moved` oldest tokens of a tier and encode them in an older one.
+
+        `start` is the first slot that is in no tier.
+        """
+        if target.take_over(source, moved):
+            source.store.drop(moved)
+            return
+        younger = sum(tier.tokens for tier in self.tiers[: self.tiers.index(source) + 1])
+        slot, left = start - younger, moved
+        parts = []
+        for x in source.read(0, self._piece_tokens, torch.float32):
+            parts.append(x[:, :, :left])
+            left -= parts[-1].shape[2]
+            if not left:
+                break
+        whole = torch.cat(parts, 2)
+        at = 0
+        for length in target.lengths(moved, self._piece_tokens):
+            valid = self._valid(slot + at, length, tokens, overlay)
+            target.append(whole[:, :, at : at + length], valid)
+            at += length
+        source.store.drop(moved)
+
+    def _valid(self, start: int, length: int, tokens: TokenTrack, overlay: Overlay) -> Tensor | None:
+        """Which slots shape a codec's scales: neither padding nor protected ones; None for all."""
+        valid = tokens.valid_of(start, start + length)
+        protected = overlay.mask(self.tail.shape[0], start, start + length)
+        if protected is None:
+            return valid
+        return ~protected if valid is None else valid & ~protected
 
     def read(self, out: Tensor, start: int, tokens: TokenTrack) -> None:
         """Write the slots from `start` on into `out` [B, K, at least that many, D]."""
-        at = max(start, self.boundary - self.store.tokens)
-        for piece in self.store.pieces(at - (self.boundary - self.store.tokens), self._piece_tokens):
-            stop = at + piece.stop - piece.start
-            shape = (*self.coded[:2], piece.tokens, self.coded[3])
-            x = self.codec.decode(Payload(piece.tensors, shape), self.codec_state, self._decoded_dtype)
-            x = x[:, :, piece.start : piece.stop]
-            positions = tokens.positions_of(at, stop)
-            for transform, state, site in reversed(self.transforms):
-                x = transform.inverse(x, state, replace(site, positions=positions))
-            out[:, :, at - start : stop - start] = x
-            at = stop
+        first = self.boundary - self.stored_tokens
+        for tier in reversed(self.tiers):
+            at = max(start, first)
+            for decoded in tier.read(at - first, self._piece_tokens, self._decoded_dtype):
+                stop = at + decoded.shape[2]
+                x, positions = decoded, tokens.positions_of(at, stop)
+                for transform, state, site in reversed(self.transforms):
+                    x = transform.inverse(x, state, replace(site, positions=positions))
+                out[:, :, at - start : stop - start] = x
+                at = stop
+            first += tier.tokens
+        self._read_tail(out, start)
+
+    def _read_tail(self, out: Tensor, start: int) -> None:
         tail = self.tail[:, :, max(0, start - self.tail_start) :]
         stop = self.length - start
         out[:, :, stop - tail.shape[2] : stop] = tail
@@ -121,7 +216,14 @@ class PlaneCache:
 
     def drop(self, needed: int) -> None:
         """Give up the memory of whole blocks before slot `needed`."""
-        self.store.drop(max(0, needed - (self.boundary - self.store.tokens)))
+        gone = max(0, needed - (self.boundary - self.stored_tokens))
+        for tier in reversed(self.tiers):
+            here = min(gone, tier.tokens)
+            tier.store.drop(here)
+            gone -= here
+        self._drop_tail(needed)
+
+    def _drop_tail(self, needed: int) -> None:
         useless = (needed - self.boundary) // self.block * self.block + self.boundary
         if useless > self.tail_start:
             self.tail = self.tail[:, :, useless - self.tail_start :].clone()
@@ -132,22 +234,36 @@ class PlaneCache:
         if length >= self.boundary:
             self.tail = self.tail[:, :, : max(0, length - self.tail_start)].clone()
             return
-        self.store.crop(self.boundary - length)
+        gone = self.boundary - length
+        for tier in self.tiers:
+            here = min(gone, tier.tokens)
+            tier.store.crop(here)
+            gone -= here
         self.tail = self.tail[:, :, :0].clone()
         self.boundary = self.tail_start = length
 
     def select(self, index: Tensor) -> None:
         """Make row i of the batch what row `index[i]` was."""
-        self.store.select(index)
+        for tier in self.tiers:
+            tier.select(index)
         self.tail = self.tail.index_select(0, index.to(self.tail.device))
-        self.coded = (len(index), *self.coded[1:])
+        for i in self._fitted:
+            transform, state, site = self.transforms[i]
+            picked = {n: t.index_select(0, index.to(t.device)) for n, t in state.items()}
+            self.transforms[i] = (transform, picked, site)
+
+    @property
+    def _exact_nbytes(self) -> int:
+        """Bytes of the exact tail and of states that belong to this cache alone."""
+        fitted = (t for i in self._fitted for t in self.transforms[i][1].values())
+        return sum(t.numel() * t.element_size() for t in (self.tail, *fitted))
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and the exact tail."""
-        return self.store.nbytes + self.tail.numel() * self.tail.element_size()
+        return self._exact_nbytes + sum(tier.store.nbytes for tier in self.tiers)
 
     @property
     def allocated_nbytes(self) -> int:
-        """The same with the store's room to grow."""
-        return self.store.allocated_nbytes + self.tail.numel() * self.tail.element_size()
+        """The same with the stores' room to grow."""
+        return self._exact_nbytes + sum(tier.store.allocated_nbytes for tier in self.tiers)

@@ -29,6 +29,12 @@ class Piece:
     stop: int
 
 
+def pick(tensor: Tensor, rows: Tensor) -> Tensor:
+    """`tensor[rows]` for any dtype: torch lacks the kernel for some one-byte floats."""
+    raw = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+    return raw.index_select(0, rows.to(tensor.device)).view(tensor.dtype)
+
+
 class BlockStore:
     """Payload tensors of consecutive token blocks, in buffers that grow at their token axis.
 
@@ -155,10 +161,7 @@ class BlockStore:
     @torch.inference_mode(False)
     def select(self, index: Tensor) -> None:
         """Make row i of the batch what row `index[i]` was."""
-        for name, buffer in self._buffers.items():
-            # One-byte floats are indexed through their bytes: torch lacks the kernel for some.
-            raw = buffer.view(torch.uint8) if buffer.element_size() == 1 else buffer
-            self._buffers[name] = raw.index_select(0, index.to(buffer.device)).view(buffer.dtype)
+        self._buffers = {name: pick(buffer, index) for name, buffer in self._buffers.items()}
 
     def _views(self, block: int, blocks: int) -> dict[str, Tensor]:
         return {

@@ -14,7 +14,8 @@ class TokenTrack:
     `length` counts the slots, with those of the forward pass that is under way. `positions` is
     int32 [B or 1, T], None when the model does not tell them; `valid` is bool [B, T], None while
     there is no padding. `hidden` holds the input of a decoder layer [B, T, C] until the layer's
-    cache takes it.
+    cache takes it; `embeddings` [B, T, C] and `text` [B, T] are the model's input embeddings and,
+    where the caller told them, which tokens are text.
     """
 
     def __init__(self) -> None:
@@ -26,6 +27,8 @@ class TokenTrack:
         self.positions: Tensor | None = None
         self.valid: Tensor | None = None
         self.hidden: dict[int, Tensor] = {}
+        self.embeddings: Tensor | None = None
+        self.text: Tensor | None = None
         self._seen: Tensor | None = None
 
     @property
@@ -54,6 +57,7 @@ class TokenTrack:
         self.crop(past)
         self.past, self.length, self.batch = past, past + tokens, batch
         self.hidden, self._seen = {}, None
+        self.embeddings = self.text = None
         new = None
         if attention_mask is not None and attention_mask.dim() == 2:
             if attention_mask.shape[1] < self.length:

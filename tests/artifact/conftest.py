@@ -40,6 +40,7 @@ ATTENTION = AttentionSpec(
     heads=2,
     kv_heads=2,
     head_dim=4,
+    query=Projection("blocks.0.q", ((0, 4), (4, 8))),
     key=Projection("blocks.0.k", ((0, 4), (4, 8))),
     value=Projection("blocks.0.v", ((0, 4), (4, 8))),
     output=Projection("blocks.0.o", ((0, 4), (4, 8))),
@@ -65,8 +66,8 @@ def specs_of(made: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
 def kv_layer() -> KVLayerPlan:
     shape = (1, 2, 1, 4)
     reorder = ChannelReorder()
-    key = PlanePlan((reorder,), False, KV_CODEC, (reorder.state_spec(shape), {}))
-    return KVLayerPlan(ATTENTION, key, PlanePlan((), False, KV_CODEC, ({},)), SinkRecent(recent_tokens=8))
+    key = PlanePlan((reorder,), False, (KV_CODEC,), (reorder.state_spec(shape), {}))
+    return KVLayerPlan(ATTENTION, key, PlanePlan((), False, (KV_CODEC,), ({},)), SinkRecent(recent_tokens=8))
 
 
 def kv_state() -> dict[str, Tensor]:

@@ -358,10 +358,11 @@ def test_the_fields_of_version_1_stay_as_they_are() -> None:
         )
     }
     assert {name: " ".join(sorted(fields)) for name, fields in required.items()} == {
-        "AttentionSpec": "block head_dim heads key key_norm kind kv_heads layer module output value window",
+        "AttentionSpec": "block head_dim heads key key_norm kind kv_heads layer module output query "
+        "value window",
         "DroppedTensor": "name reason",
         "KVLayerPlan": "attention key policy value",
-        "PlanePlan": "codec folded states transforms",
+        "PlanePlan": "codecs folded states transforms",
         "Projection": "heads linear",
         "Manifest": "base_model calibration copied dropped files kv kv_state kvpack_version recipe "
         "resolved_recipe seed totals versions weights",

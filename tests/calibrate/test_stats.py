@@ -70,3 +70,25 @@ def test_mistakes_are_refused():
         accumulator("gram").merge(accumulator("channel_sum"))
     with pytest.raises(ValueError, match="no data"):
         accumulator("gram").state()
+
+
+def test_ranges_of_channels_merge() -> None:
+    x = _data()
+    whole, first, second = (accumulator("channel_range") for _ in range(3))
+    whole.update(x)
+    first.update(x[:4].bfloat16().float())
+    second.update(x[4:])
+    first.update(x[:4])
+    first.merge(second)
+    assert torch.equal(whole.state()["low"], x.amin((0, 2)))
+    assert torch.equal(whole.state()["high"], x.amax((0, 2)))
+    assert int(whole.state()["count"]) == 120
+    assert (first.state()["low"] <= whole.state()["low"]).all()
+    assert (first.state()["high"] >= whole.state()["high"]).all()
+    again = accumulator("channel_range")
+    for part in x.split(1):
+        one = accumulator("channel_range")
+        one.update(part)
+        again.merge(one)
+    for name, tensor in whole.state().items():
+        assert torch.equal(again.state()[name], tensor), name

@@ -46,11 +46,39 @@ def configurations(role: str, kind: str) -> list[Part]:
 
 
 def stats_of(part: Part, x: Tensor) -> Stats:
-    """The statistics that `part` asks for, measured on `x` [B, K, T, D] or [T, C]."""
-    collected = {stat.kind: accumulator(stat.kind) for stat in part.requires()}
-    for statistic in collected.values():
-        statistic.update(x if x.dim() == 4 else x[None, None])
-    return {kind: statistic.state() for kind, statistic in collected.items()}
+    """The statistics that `part` asks for, measured on `x` [B, K, T, D] or [T, C].
+
+    Gradients, queries and projections are random; RoPE turns channel d with d + D/2.
+    """
+    x = x if x.dim() == 4 else x[None, None]
+    batch, heads, tokens, channels = x.shape
+    streams = {
+        "input": x,
+        "gradient": 1e-4 * random(*x.shape, seed=11),
+        "query": random(batch, heads, 2 * tokens, channels, seed=12),
+    }
+    found: dict[str, State] = {}
+    for stat in part.requires():
+        if stat.of == "projection":
+            weight = random(heads * channels, 24, seed=13)
+            found[stat.name] = {"weight": weight, "heads": torch.tensor(heads)}
+            continue
+        if stat.of == "rope":
+            half = channels // 2
+            paired = torch.arange(2 * half).roll(half)
+            found[stat.name] = {"partner": torch.cat((paired, torch.arange(2 * half, channels)))}
+            continue
+        statistic = accumulator(stat.kind)
+        statistic.update(streams[stat.of])
+        if stat.kind in ("all_rows", "head_gram"):  # clusters and their metric need many
+            statistic.update(random(-(-512 // tokens), heads, tokens, channels, seed=14))
+        found[stat.name] = statistic.state()
+    return found
+
+
+def fitted(part: Part, x: Tensor) -> State:
+    """The state that `part` learns from `x`, as an artifact gives it back."""
+    return through_safetensors(part.fit(stats_of(part, x)))
 
 
 def through_safetensors(tensors: Mapping[str, Tensor]) -> State:

@@ -4,13 +4,19 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from kvpack.core.errors import UnsupportedModel
 from kvpack.core.roles import Transform
 from kvpack.core.types import Site, State
 from kvpack.models import open_model
-from kvpack.models.fold import fold_value
+from kvpack.models.fold import fold_key, fold_names, fold_value
+from kvpack.models.rope import rope_of
 from kvpack.models.weights import SourceReader
+from tests.tiny_models import FAMILIES
+
+ALL = (*FAMILIES, "stablelm", "phi", "glm", "cohere")
+NORMED = ("qwen3", "gemma3_text")
 
 
 @dataclass(frozen=True)
@@ -91,3 +97,68 @@ def test_what_cannot_be_folded_is_refused(checkpoint):
         fold_value(a, weights, [OneHead()], [{}])
     with pytest.raises(UnsupportedModel, match="norm or gate"):
         fold_value(replace(a, value_linear=False), weights, [PerHead()], [_states(2, 0)])
+
+
+@dataclass(frozen=True)
+class PairScale(PerHead):
+    """A diagonal matrix per kv head whose entries RoPE partners share."""
+
+    commutes_with_rope = True
+
+
+def _scales(a, rope, seed: int) -> State:
+    random = torch.randn(a.kv_heads, a.head_dim, generator=torch.Generator().manual_seed(seed))
+    factor = (0.5 * random).exp()
+    return {"matrix": torch.diag_embed(torch.maximum(factor, factor[:, rope.partners(a.head_dim)]))}
+
+
+def _key_weights(spec, a):
+    reader = SourceReader.of(spec)
+    return {n: reader.read(n) for n in fold_names(a, "key") if n in spec.tensors}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("family", [f for f in ALL if f not in NORMED])
+def test_folding_keys_keeps_the_logits(checkpoint, family, tokens, count):
+    spec = open_model(checkpoint(family))
+    model = AutoModelForCausalLM.from_pretrained(spec.path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        before, changed = model(tokens).logits, []
+        for a in spec.attention:
+            rope = rope_of(model, model.get_submodule(a.module))
+            states = [_scales(a, rope, 10 * a.layer + i) for i in range(count)]
+            weights = _key_weights(spec, a)
+            folded = fold_key(a, weights, [PairScale()] * count, states)
+            assert set(folded) == set(weights)
+            for name, tensor in folded.items():
+                changed.append(not torch.allclose(model.get_parameter(name), tensor, atol=1e-3))
+                model.get_parameter(name).copy_(tensor)
+                one = fold_key(a, {name: weights[name]}, [PairScale()] * count, states)
+                assert torch.equal(one[name], tensor)
+        after = model(tokens).logits
+    assert all(changed)
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
+
+
+def test_keys_and_values_of_a_fused_projection_fold_one_after_the_other(checkpoint):
+    spec = open_model(checkpoint("phi3"))
+    a = spec.attention[0]
+    name, state = f"{a.key.linear}.weight", [_states(a.kv_heads, 3)]
+    old = SourceReader.of(spec).read(name)
+    key_first = fold_key(a, {name: old}, [PairScale()], state)
+    key_first = fold_value(a, key_first, [PairScale()], state)[name]
+    value_first = fold_value(a, {name: old}, [PairScale()], state)
+    assert torch.equal(key_first, fold_key(a, value_first, [PairScale()], state)[name])
+    rows = [*a.query.heads, *a.key.heads, *a.value.heads]
+    changed = (old != key_first).any(1).nonzero()[:, 0].tolist()
+    assert changed == [r for i, j in rows for r in range(i, j)]
+
+
+def test_keys_that_cannot_be_folded_are_refused(checkpoint):
+    spec = open_model(checkpoint("llama"))
+    a = spec.attention[0]
+    weights, states = _key_weights(spec, a), [_states(2, 0)]
+    with pytest.raises(UnsupportedModel, match="does not commute with RoPE"):
+        fold_key(a, weights, [PerHead()], states)
+    with pytest.raises(UnsupportedModel, match="normed"):
+        fold_key(replace(a, key_norm=True), weights, [PairScale()], states)

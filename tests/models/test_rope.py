@@ -121,3 +121,40 @@ def test_layers_without_rope_are_left_alone(tmp_path, tokens, family, settings):
     # One token repeated: without RoPE the keys of the first layer are the same at every position.
     assert moved[0] == (not torch.allclose(keys[0][:, :, :1].expand_as(keys[0]), keys[0], atol=1e-6))
     assert sorted(set(moved)) == [False, True]
+
+
+def _interleaved(rotated: int) -> list[int]:
+    return [d ^ 1 if d < rotated else d for d in range(16)]
+
+
+def _halves(rotated: int) -> list[int]:
+    return [(d + rotated // 2) % rotated if d < rotated else d for d in range(16)]
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        *((f, _halves(16)) for f in ("llama", "qwen3", "gemma2", "gemma3_text", "phi3")),
+        ("gpt_neox", _halves(4)),
+        ("stablelm", _halves(4)),
+        ("glm", _interleaved(8)),
+        ("cohere", _interleaved(16)),
+    ],
+)
+def test_partners_are_the_channels_that_turn_together(checkpoint, family, expected):
+    spec = open_model(checkpoint(family))
+    view = ModelView.build(spec)
+    for layer in range(2):
+        rope = rope_of(view.model, view.attention(layer))
+        assert rope.partners(16).tolist() == expected
+        for d, partner in enumerate(expected):
+            turned = rope.apply(torch.eye(16)[d].reshape(1, 1, 1, 16), torch.tensor([[9]]))
+            assert set(turned.flatten().nonzero().flatten().tolist()) <= {d, partner}
+
+
+def test_partners_need_no_fixed_frequencies(tmp_path):
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    view = ModelView.build(open_model(make_model(tmp_path, "llama", rope_parameters=rope)))
+    with pytest.raises(UnsupportedModel, match="cannot be undone"):
+        rope_of(view.model, view.attention(0))
+    assert rope_of(view.model, view.attention(0), fixed=False).partners(16).tolist() == _halves(16)

@@ -121,7 +121,7 @@ def test_every_part_with_defaults_survives_the_round_trip(role: str) -> None:
 
 def test_contradictions_that_a_part_refuses_are_located() -> None:
     errors: list[RecipeError] = []
-    node = Node.of({"kind": "affine", "group": {"axis": "token", "size": 0}}, Position("f"))
+    node = Node.of({"kind": "affine", "bits": 1, "zero": "none"}, Position("f"))
     from kvpack.core.roles import Codec
 
     assert build(Codec, node, "here", errors) is INVALID

@@ -99,8 +99,8 @@ class Scheme:
             for transform in self.key_transforms:
                 states.append(transform.state_spec(shape))
                 shape = transform.shape(shape)
-            key = PlanePlan(self.key_transforms, False, self.key, (*states, {}))
-            plans.append(KVLayerPlan(spec, key, PlanePlan((), False, self.value, ({},)), self.policy))
+            key = PlanePlan(self.key_transforms, False, (self.key,), (*states, {}))
+            plans.append(KVLayerPlan(spec, key, PlanePlan((), False, (self.value,), ({},)), self.policy))
         return plans
 
     def states(self, model: Any) -> dict[str, Tensor]:

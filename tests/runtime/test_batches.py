@@ -6,19 +6,20 @@ from transformers import DynamicCache
 
 from kvpack.parts.policies.sink_detect import SinkDetect
 from kvpack.parts.policies.sink_recent import SinkRecent
+from kvpack.runtime.cache import KVPackCache
 from kvpack.runtime.install import new_cache
-from tests.runtime.schemes import KIVI, ROTATE, Scheme, logits, per_channel, per_token, text, tiny
+from tests.runtime.rows import ROW_CHANGES, change_rows, generated, padded
+from tests.runtime.schemes import (
+    KIVI,
+    ROTATE,
+    Scheme,
+    logits,
+    per_channel,
+    per_token,
+    text,
+    tiny,
+)
 from tests.tiny_models import FAMILIES
-
-
-def padded(ids: torch.Tensor, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two rows: another text of full length, and `ids` behind `pad` padding tokens."""
-    other = text(ids.shape[1] + pad, seed=8)
-    row = torch.cat((torch.full((1, pad), 2), ids), 1)
-    mask = torch.ones(2, row.shape[1], dtype=torch.long)
-    mask[1, :pad] = 0
-    return torch.cat((other, row)), mask
-
 
 PER_TOKEN = Scheme(per_token(3), per_token(3), SinkRecent(sink_tokens=2, recent_tokens=6))
 DETECT = Scheme(per_token(3), per_token(3), SinkDetect(top_values=3))
@@ -34,18 +35,10 @@ def test_a_left_padded_row_equals_its_single_run(family: str, scheme: Scheme, pa
     """Token blocks are counted in slots, so KIVI's padding is a multiple of its window here."""
     model = scheme.install(tiny(family))
     ids = text(30)
-    both, mask = padded(ids, pad)
-    options = {
-        "max_new_tokens": 20,
-        "do_sample": False,
-        "return_dict_in_generate": True,
-        "output_logits": True,
-    }
-    alone = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    batch = model.generate(both, attention_mask=mask, **options)
-    ours, expected = (torch.stack([step[-1] for step in out.logits]) for out in (batch, alone))
+    expected, _ = generated(model, ids)
+    ours, cache = generated(model, *padded(ids, pad))
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
-    assert batch.past_key_values.encoded_tokens > 0
+    assert cache.encoded_tokens > 0
 
 
 def test_padding_does_not_shape_the_groups_it_falls_into() -> None:
@@ -77,38 +70,25 @@ def test_sinks_are_the_first_tokens_that_are_not_padding() -> None:
     assert cache.track.nbytes == 2 * 25 + 4 * 25, "validity per row, positions shared"
 
 
+@pytest.mark.parametrize("change", ROW_CHANGES)
 @pytest.mark.parametrize("scheme", [KIVI, ROTATE, PER_TOKEN], ids=["kivi", "rotate", "token"])
-def test_rows_can_be_selected_repeated_and_reordered(scheme: Scheme) -> None:
+def test_rows_can_be_selected_repeated_and_reordered(scheme: Scheme, change: str) -> None:
     model = scheme.install(tiny())
     both, mask = padded(text(40), 16)
     ids = torch.cat((both, text(56, seed=3)))
     mask = torch.cat((mask, torch.ones(1, 56, dtype=torch.long)))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
 
-    def run(index: list[int], change: str) -> torch.Tensor:
-        cache = new_cache(model)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        kwargs = {"attention_mask": mask[:, :50], "position_ids": positions[:, :50]}
-        logits(model, ids[:, :50], cache, **kwargs)
-        if change == "reorder":
-            cache.reorder_cache(torch.tensor(index))
-        elif change == "select":
-            cache.batch_select_indices(torch.tensor(index))
-        elif change == "mask":
-            cache.batch_select_indices(torch.tensor([i in index for i in range(3)]))
-        elif change == "repeat":
-            cache.batch_repeat_interleave(2)
+    def ended(index: list[int], cache: KVPackCache) -> torch.Tensor:
         kwargs = {"attention_mask": mask[index], "position_ids": positions[index, 50:]}
         return logits(model, ids[index, 50:], cache, **kwargs)
 
-    plain = run([0, 1, 2], "none")
-    for index, change in (
-        ([2, 0, 1], "reorder"),
-        ([1, 1, 0], "reorder"),
-        ([2, 1], "select"),
-        ([0, 2], "mask"),
-        ([0, 0, 1, 1, 2, 2], "repeat"),
-    ):
-        torch.testing.assert_close(run(index, change), plain[index], rtol=1e-4, atol=2e-4)
+    changed, plain = new_cache(model), new_cache(model)
+    for cache in (changed, plain):
+        logits(model, ids[:, :50], cache, attention_mask=mask[:, :50], position_ids=positions[:, :50])
+    index = change_rows(changed, change)
+    ours, expected = ended(index, changed), ended([0, 1, 2], plain)[index]
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-4)
 
 
 def test_two_turns_with_padding() -> None:

@@ -127,7 +127,7 @@ def test_codes_never_change_and_every_token_is_encoded_once() -> None:
     model = KIVI.install(tiny(num_hidden_layers=1))
     cache = new_cache(model)
     fill(cache, 40)
-    store = cache.layers[0]._planes["key"].store
+    store = cache.layers[0]._planes["key"].tiers[0].store
     (before,) = store.pieces(0, 10**6)
     codes = {name: t.clone() for name, t in before.tensors.items()}
     for _ in range(300):

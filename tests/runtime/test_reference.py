@@ -85,7 +85,7 @@ def test_a_prompt_in_chunks_ends_in_the_same_cache(family: str) -> None:
         cache.begin(1, 1)
     for plane in ("key", "value"):
         a, b = (c.layers[0]._planes[plane] for c in (whole, chunked))
-        assert (a.boundary, a.store.tokens, a.tail.shape) == (b.boundary, b.store.tokens, b.tail.shape)
+        assert (a.boundary, a.stored_tokens, a.tail.shape) == (b.boundary, b.stored_tokens, b.tail.shape)
     new = torch.zeros(1, 2, 1, 8)
     for a, b in zip(whole.layers[0].update(new, new), chunked.layers[0].update(new, new), strict=True):
         close(a, b)

@@ -75,7 +75,7 @@ def test_a_recent_window_longer_than_the_sliding_one_holds_only_what_is_visible(
     torch.testing.assert_close(logits(model, ids, cache, steps), expected, rtol=1e-4, atol=2e-4)
     for layer in cache.layers:
         values = layer._planes["value"]
-        assert values.store.encoded_tokens == 0
+        assert values.encoded_tokens == 0
         assert values.tail.shape[2] == WINDOW - 1
         assert layer._planes["key"].tail.shape[2] < WINDOW + 8
 

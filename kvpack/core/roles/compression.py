@@ -1,0 +1,185 @@
+"""Roles that answer how numbers become fewer bytes: transforms and codecs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+from kvpack.core.errors import RecipeError
+from kvpack.core.roles.part import Part
+from kvpack.core.types import Payload, Shape, Site, State, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Transform(Part, ABC):
+    """A change of basis in which the channels are easier to compress.
+
+    Laws, held by the contract tests: ``inverse(forward(x)) == x``, and where `dual` is not None
+    ``<dual(q), forward(k)> == <q, k>`` per head. Inputs are [B, K, T, D]; the output may merge
+    heads into wider ones ([B, K/g, T, g*D]) but keeps B and T.
+    """
+
+    linear: ClassVar[bool] = True
+    """Linear in `x` and independent of the token, so that it can be folded into projections."""
+
+    commutes_with_rope: ClassVar[bool] = False
+    """``forward`` and `dual` may run before RoPE as well as after it, so that keys can be folded too."""
+
+    needs_rope: ClassVar[bool] = False
+    """Whether `forward` reads `Site.rope` and `Site.positions`."""
+
+    fits_prompt: ClassVar[bool] = False
+    """Whether a cache makes this transform's state from its first tokens, see `fit_prompt`."""
+
+    def fit_prompt(self, x: Tensor, queries: Tensor, valid: Tensor | None, rows: Tensor | None) -> State:
+        """State of one cache, from the tokens it is given first; it is frozen from then on.
+
+        Args:
+            x: what `forward` will be given [B, K, T, D].
+            queries: the queries of the same tokens in the same basis [B, K, G*T, D], one kv head's
+                query heads one after another.
+            valid: tokens of `x` that are not padding [B, T]; None when all are.
+            rows: the same for `queries` [B, G*T].
+
+        Returns:
+            Tensors with the batch axis first. Until there are any, `forward` must change nothing.
+        """
+        return {}
+
+    def prompt_spec(self, shape: Shape) -> dict[str, TensorSpec]:
+        """Shapes of what `fit_prompt` returns for an `x` of `shape`; empty by default."""
+        return {}
+
+    def shape(self, shape: Shape) -> Shape:
+        """Shape of `forward`'s output for an input of `shape`; unchanged by default."""
+        return shape
+
+    @abstractmethod
+    def forward(self, x: Tensor, state: State, at: Site) -> Tensor:
+        """Into the compressible basis. Computes in float32."""
+
+    @abstractmethod
+    def inverse(self, z: Tensor, state: State, at: Site) -> Tensor:
+        """Back to the model's basis. Computes in float32; the input's head layout is restored."""
+
+    def dual(self, q: Tensor, state: State, at: Site) -> Tensor | None:
+        """The query-side partner of `forward`, or None when there is none."""
+        return None
+
+    def gradient(self, g: Tensor, state: State, at: Site) -> Tensor:
+        """Gradients with respect to `forward`'s input [B, K, T, D] -> with respect to its output.
+
+        The chain rule makes this the transposed inverse, which is what `dual` is.
+
+        Raises:
+            RecipeError: the transform cannot map gradients.
+        """
+        partner = self.dual(g, state, at)
+        if partner is None:
+            raise RecipeError(
+                f"transform {type(self).__name__} cannot map gradients",
+                why="a part after it wants the gradients in its basis",
+            )
+        return partner
+
+    def query(self, q: Tensor, state: State, at: Site) -> Tensor:
+        """Queries [B, K, T, D] in this basis, for scores that may be approximate: `dual` by default.
+
+        Raises:
+            RecipeError: the transform has no query side.
+        """
+        partner = self.dual(q, state, at)
+        if partner is None:
+            raise RecipeError(
+                f"transform {type(self).__name__} has no query side",
+                why="a part after it wants to know the queries in its basis",
+            )
+        return partner
+
+
+class Codec(Part, ABC):
+    """An approximation of a block of numbers [..., T, D] by fewer bytes.
+
+    Every payload tensor keeps its token axis at -2 with a fixed number of rows per token block,
+    so that encoding blocks one after another and concatenating equals encoding them together.
+    That is what makes a cache append-only. Codecs with a `segment` are free of this: a cache keeps
+    their segments apart.
+    """
+
+    @property
+    def token_block(self) -> int:
+        """Tokens that must be encoded together; 1 when each token stands alone."""
+        return 1
+
+    @property
+    def segment(self) -> int:
+        """Most tokens that are encoded as one segment; 0 when payloads can be concatenated.
+
+        What is encoded as a segment can only be decoded as a whole, and its payload may have any
+        shapes with the batch axis first.
+        """
+        return 0
+
+    @abstractmethod
+    def spec(self, shape: Shape, dtype: str = "float16") -> dict[str, TensorSpec]:
+        """Payload tensors for an input [..., T, D] of `dtype`, before any data exists.
+
+        T must be a multiple of `token_block`.
+        """
+
+    @abstractmethod
+    def encode(self, x: Tensor, state: State, valid: Tensor | None = None) -> Payload:
+        """Encode `x` [..., T, D]. Tokens where `valid` [B, T] is False do not shape statistics."""
+
+    @abstractmethod
+    def decode(self, payload: Payload, state: State, dtype: torch.dtype) -> Tensor:
+        """The approximation, [..., T, D] in `dtype`."""
+
+    def scores(self, query: Tensor, payload: Payload, state: State) -> Tensor:
+        """Products of queries [..., R, D] with the encoded tokens [..., T, D]: float32 [..., R, T].
+
+        By default through `decode`; a codec that has a shorter way overrides this.
+        """
+        query = query.float()
+        return query @ self.decode(payload, state, query.dtype).mT
+
+    def nests(self, coarser: Codec) -> bool:
+        """Whether `lower` turns this codec's payloads into those of `coarser`."""
+        return False
+
+    def lower(self, payload: Payload, coarser: Codec) -> Payload:
+        """The payload of `coarser`, from the codes alone; only where `nests` says so.
+
+        Encoding and then lowering equals encoding with `coarser`, up to the rounding of scales.
+        """
+        raise ValueError(f"{type(self).__name__} does not nest {type(coarser).__name__}")
+
+
+class GridCodec(Codec):
+    """A codec whose codes lie on a grid that can be fixed before the codes are chosen.
+
+    Solvers need this: they choose each code knowing the rounding errors of the others.
+    """
+
+    @abstractmethod
+    def group_size(self, channels: int) -> int:
+        """Channels that share one grid entry, for a last axis of `channels`."""
+
+    @abstractmethod
+    def grid(self, x: Tensor, valid: Tensor | None = None) -> State:
+        """Fit the grid to `x` [..., T, D]: tensors with one entry per group."""
+
+    @abstractmethod
+    def snap(self, x: Tensor, grid: State) -> Tensor:
+        """Nearest codes of `x` on `grid`, uint8, same shape as `x`."""
+
+    @abstractmethod
+    def value(self, codes: Tensor, grid: State) -> Tensor:
+        """The numbers that `codes` stand for, float32."""
+
+    @abstractmethod
+    def assemble(self, codes: Tensor, grid: State) -> Payload:
+        """Pack chosen codes and their grid into a payload."""

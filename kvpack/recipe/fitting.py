@@ -1,0 +1,37 @@
+"""Parts told how much calibration text there is, wherever they stand in a scheme."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from kvpack.core.roles import Part
+
+Scheme = TypeVar("Scheme")
+
+
+def for_rows(scheme: Scheme, rows: int) -> Scheme:
+    """`scheme` with every part replaced by its `Part.for_rows`, those inside of parts first.
+
+    Args:
+        scheme: a part, or records, mappings and lists of parts and other things.
+        rows: tokens of calibration text.
+
+    Raises:
+        RecipeError: a part needs more text.
+    """
+    return _told(scheme, rows)  # type: ignore[no-any-return]
+
+
+def _told(value: Any, rows: int) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _told(held, rows) for key, held in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_told(held, rows) for held in value)
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    before = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+    after = {name: _told(held, rows) for name, held in before.items()}
+    told = value if after == before else dataclasses.replace(value, **after)
+    return told.for_rows(rows) if isinstance(told, Part) else told
