@@ -63,5 +63,9 @@ class Hadamard(Transform):
             return None
         return ops.hadamard.transform(q)
 
+    def gradient(self, g: Tensor, state: State, at: Site) -> Tensor:
+        """The same rotation: the transposed inverse of an orthonormal matrix is the matrix itself."""
+        return self.forward(g, state, at)
+
     def _merged(self, heads: int) -> int:
         return max(g for g in range(1, min(self.heads, heads) + 1) if heads % g == 0)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvpack.core.errors import KvpackError
 from kvpack.core.roles import Transform
-from kvpack.core.types import Rope, Site, State
+from kvpack.core.types import Site, State
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,19 +26,14 @@ class Unrope(Transform):
 
     def forward(self, x: Tensor, state: State, at: Site) -> Tensor:
         """Rotate `x` [B, K, T, D] back to position 0."""
-        rope, positions = _rope(at)
+        rope, positions = at.rotary("unrope")
         return rope.undo(x, positions)
 
     def inverse(self, z: Tensor, state: State, at: Site) -> Tensor:
         """Rotate `z` to its positions again."""
-        rope, positions = _rope(at)
+        rope, positions = at.rotary("unrope")
         return rope.apply(z.float(), positions)
 
-
-def _rope(at: Site) -> tuple[Rope, Tensor]:
-    if at.rope is None or at.positions is None:
-        raise KvpackError(
-            f"layer {at.layer}: unrope got no rotary embedding or no positions",
-            hint="use unrope on keys of a model with rotary position embeddings",
-        )
-    return at.rope, at.positions
+    def gradient(self, g: Tensor, state: State, at: Site) -> Tensor:
+        """Gradients rotate as keys do, but for the length of the rotation, which is one."""
+        return self.forward(g, state, at)
