@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from kvpack import ops
 from kvpack.core.errors import RecipeError
+from kvpack.core.grouping import grid_shape
 from kvpack.core.lazy import torch
-from kvpack.core.roles import GridCodec
+from kvpack.core.roles import Codec, GridCodec
 from kvpack.core.types import Group, Payload, Shape, State, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+SEGMENT_TOKENS = 4096
+SEGMENT_STEP = 4
+"""More than one token, so that policies empty their window as a whole instead of token by token."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +26,13 @@ class Affine(GridCodec):
     """Integers of `bits` bits on an evenly spaced grid per group.
 
     Channel groups make every token stand alone (a ragged last group is allowed); token groups
-    share a grid among `group.size` consecutive tokens of one channel, or rows of a weight.
+    share a grid among `group.size` consecutive tokens of one channel, or rows of a weight. A token
+    group of size 0 is a whole segment of up to 4096 tokens (in a cache: what leaves the exact
+    window at once, in steps of 4), and can only be decoded as a whole.
 
     Payload for [..., T, D]: "codes" uint8 [..., T, ceil(D*bits/8)]; "scale" and, unless `zero` is
-    "none", "zero": [..., T, ceil(D/size)] for channel groups, [..., T/size, D] for token groups.
+    "none", "zero": [..., T, ceil(D/size)] for channel groups, [..., T/size, D] for token groups,
+    [..., 1, D] for a segment.
 
     The grids, and the rounding that keeps every error within half a step, are defined in
     `kvpack.ops.affine`. `zero`: "float" is the group's minimum (KIVI, arXiv 2402.02750), stored in
@@ -45,15 +54,16 @@ class Affine(GridCodec):
             raise RecipeError(f"affine codes cannot have {self.bits} bits", hint="use 1 to 8 bits")
         if self.bits == 1 and self.zero == "none":
             raise RecipeError("a symmetric grid of 1 bit has no positive code", hint="use zero: float")
-        if self.group.axis == "token" and self.group.size == 0:
-            raise RecipeError(
-                "a group over all tokens cannot be appended to", hint="give the token group a size"
-            )
 
     @property
     def token_block(self) -> int:
-        """`group.size` for token groups, else 1."""
-        return self.group.size if self.group.axis == "token" else 1
+        """`group.size` for token groups (4 where it is 0), else 1."""
+        return (self.group.size or SEGMENT_STEP) if self.group.axis == "token" else 1
+
+    @property
+    def segment(self) -> int:
+        """4096 for token groups of size 0: they have no end of their own."""
+        return SEGMENT_TOKENS if self.group == Group("token", 0) else 0
 
     def group_size(self, channels: int) -> int:
         """Channels per grid entry; 1 for token groups."""
@@ -66,12 +76,7 @@ class Affine(GridCodec):
             RecipeError: the tokens do not fill whole groups.
         """
         *outer, tokens, channels = shape
-        if tokens % self.token_block:
-            raise RecipeError(
-                f"{tokens} tokens (or rows) cannot be split into groups of {self.token_block}",
-                hint="choose a group size that divides them, or group along channels",
-            )
-        groups = (*outer, tokens // self.token_block, -(-channels // self.group_size(channels)))
+        groups = grid_shape(shape, self.group)
         specs = {
             "codes": TensorSpec((*outer, tokens, (channels * self.bits + 7) // 8), "uint8"),
             "scale": TensorSpec(groups, self.scale_dtype),
@@ -88,9 +93,7 @@ class Affine(GridCodec):
         axis, size = self.group.axis, self.group.size
         mask = None
         if valid is not None and axis == "token":
-            batch, tokens = valid.shape
-            mask = valid.reshape(batch, *(1,) * (x.dim() - 3), tokens, 1)
-            mask = ops.affine.split(mask, axis, size)
+            mask = ops.affine.split(ops.rows.mask(valid, x), axis, size)
         low, high = ops.affine.value_range(
             ops.affine.split(x.float(), axis, size), ops.affine.group_axis(axis), mask
         )
@@ -124,6 +127,31 @@ class Affine(GridCodec):
         grid = {name: t for name, t in payload.tensors.items() if name != "codes"}
         codes = ops.bits.unpack(payload.tensors["codes"], self.bits, payload.shape[-1])
         return self.value(codes, grid).to(dtype)
+
+    def nests(self, coarser: Codec) -> bool:
+        """Whether the grid of `coarser` is a part of this one, with the same ends.
+
+        That is so when 2^b' - 1 divides 2^b - 1 for float zeros and unclipped ranges. The ratio is
+        odd then, so that thresholds coincide as well and no code is rounded twice.
+        """
+        if not isinstance(coarser, Affine) or replace(coarser, bits=self.bits) != self:
+            return False
+        whole = (2**self.bits - 1) % (2**coarser.bits - 1) == 0
+        return whole and self.zero == "float" and self.clip == 1.0
+
+    def lower(self, payload: Payload, coarser: Codec) -> Payload:
+        """Round the codes to the coarser grid; the zero stays, the step grows by the ratio."""
+        if not isinstance(coarser, Affine) or not self.nests(coarser):
+            return super().lower(payload, coarser)
+        ratio = (2**self.bits - 1) // (2**coarser.bits - 1)
+        codes = ops.bits.unpack(payload.tensors["codes"], self.bits, payload.shape[-1])
+        fewer = ((codes.int() + ratio // 2) // ratio).to(torch.uint8)
+        scale = payload.tensors["scale"]
+        grid = {
+            "scale": ops.affine.round_towards(scale.float() * ratio, scale.dtype, up=True),
+            "zero": payload.tensors["zero"],
+        }
+        return coarser.assemble(fewer, grid)
 
     def _broadcast(self, grid: State) -> tuple[Tensor, Tensor | None]:
         dim = ops.affine.group_axis(self.group.axis)

@@ -12,4 +12,6 @@ CASES = (
     Affine(bits=8, group=Group("channel", 16), zero="integer", scale_dtype="float32"),
     Affine(bits=8, group=Group("channel", 64), zero="float", scale_dtype="float32"),
     Affine(bits=1, group=Group("channel", 16)),
+    Affine(bits=4, group=Group("token", 0)),
+    Affine(bits=2, group=Group("token", 0), zero="integer"),
 )

@@ -136,7 +136,7 @@ def test_clip_shrinks_the_range() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"bits": 0}, {"bits": 9}, {"bits": 1, "zero": "none"}, {"group": Group("token", 0)}],
+    [{"bits": 0}, {"bits": 9}, {"bits": 1, "zero": "none"}],
 )
 def test_contradictory_settings_are_refused(settings: dict) -> None:
     with pytest.raises(RecipeError) as caught:
@@ -147,3 +147,31 @@ def test_contradictory_settings_are_refused(settings: dict) -> None:
 def test_rows_that_do_not_fill_groups_are_refused() -> None:
     with pytest.raises(RecipeError, match="30 tokens"):
         Affine(group=Group("token", 8)).spec((1, 2, 30, 64))
+
+
+@pytest.mark.parametrize("zero", ["float", "integer", "none"])
+@pytest.mark.parametrize("tokens", [4, 20, 96])
+def test_a_segment_has_one_grid_per_channel(zero: str, tokens: int) -> None:
+    """A token group of size 0 equals one that is as long as the segment."""
+    x = random(2, 2, tokens, 24)
+    whole = Affine(bits=4, group=Group("token", 0), zero=zero).encode(x, {})
+    sized = Affine(bits=4, group=Group("token", tokens), zero=zero).encode(x, {})
+    for name, tensor in sized.tensors.items():
+        assert torch.equal(whole.tensors[name], tensor)
+    valid = torch.ones(2, tokens, dtype=torch.bool)
+    valid[0, 0] = False
+    loud = x.clone()
+    loud[0, :, 0] *= 100
+    codec = Affine(bits=4, group=Group("token", 0), zero=zero)
+    assert torch.equal(
+        codec.encode(loud, {}, valid).tensors["scale"], codec.encode(x, {}, valid).tensors["scale"]
+    )
+
+
+def test_segments_are_bounded_and_empty_ones_have_no_grid() -> None:
+    codec = Affine(bits=4, group=Group("token", 0))
+    assert (codec.token_block, codec.segment) == (4, 4096)
+    assert Affine(group=Group("token", 8)).segment == Affine(group=Group("channel", 0)).segment == 0
+    assert codec.spec((1, 2, 960, 64))["scale"].shape == (1, 2, 1, 64)
+    assert codec.spec((1, 2, 0, 64))["scale"].shape == (1, 2, 0, 64)
+    assert codec.encode(random(1, 2, 1000, 64), {}).bits_per_element == pytest.approx(4 + 32 / 1000)
