@@ -34,6 +34,11 @@ class SinkDetect(TierPolicy):
 
     needs_hidden: ClassVar[bool] = True
 
+    @property
+    def coded(self) -> tuple[str, ...]:
+        """`outside` alone."""
+        return (self.outside,)
+
     def leaving(self, tail_tokens: int, block: int, plane: Plane) -> int:
         """Tokens beyond the window; see `kvpack.ops.window.leaving`."""
         return ops.window.leaving(tail_tokens, block, self.recent_tokens)

@@ -28,20 +28,18 @@ class SinkRecent(TierPolicy):
     inside: str = "recent"
     outside: str = "old"
 
+    @property
+    def coded(self) -> tuple[str, ...]:
+        """`outside` alone."""
+        return (self.outside,)
+
     def leaving(self, tail_tokens: int, block: int, plane: Plane) -> int:
         """Tokens beyond the window; see `kvpack.ops.window.leaving`."""
         return ops.window.leaving(tail_tokens, block, self.recent_tokens)
 
     def protect(self, view: CacheView) -> Tensor | None:
         """The first `sink_tokens` tokens of each row that are not padding."""
-        if self.sink_tokens == 0:
-            return None
-        valid = view.valid
-        if valid is None:
-            valid = view.seen.new_ones((view.batch, view.tokens)).bool()
-        order = view.seen.reshape(-1, 1) + valid.long().cumsum(-1)
-        sinks = valid & (order <= self.sink_tokens)
-        return sinks if bool(sinks.any()) else None
+        return ops.window.first_tokens(view.seen, view.valid, view.tokens, self.sink_tokens)
 
     def protected_tokens(self) -> int:
         """`sink_tokens`."""

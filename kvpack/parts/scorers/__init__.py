@@ -1,0 +1,1 @@
+"""Scorers: how important each token is, per head."""
