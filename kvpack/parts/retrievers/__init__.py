@@ -1,0 +1,1 @@
+"""Which cached tokens a query reads."""
