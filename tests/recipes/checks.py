@@ -31,12 +31,15 @@ def source_tensors(plan: Plan) -> dict[str, Tensor]:
 
 
 def folded_names(plan: Plan) -> set[str]:
-    """Source tensors that a folded value transform changes."""
+    """Source tensors that folded transforms change."""
     names: set[str] = set()
     for layer in plan.kv:
         if layer.value.folded and layer.value.transforms:
             value, output = layer.attention.value.linear, layer.attention.output.linear
             names |= {f"{value}.weight", f"{value}.bias", f"{output}.weight"}
+        if layer.key.folded and layer.key.transforms:
+            query, key = layer.attention.query.linear, layer.attention.key.linear
+            names |= {f"{linear}.{kind}" for linear in (query, key) for kind in ("weight", "bias")}
     return names
 
 

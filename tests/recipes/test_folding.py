@@ -109,7 +109,7 @@ def test_keys_are_stored_without_their_positions(
     cache = new_cache(model, exact_prefill=False)
     with torch.inference_mode():
         model(tokens, past_key_values=cache, use_cache=True)
-    (piece,) = cache.layers[0]._planes["key"].store.pieces(0, 1_000)
+    (piece,) = cache.layers[0]._planes["key"].tiers[0].store.pieces(0, 1_000)
     stored = piece.tensors["values"]
     assert stored.shape[-2] == 20
     assert (stored - stored[..., :1, :]).abs().max() < 1e-4 * stored.abs().max()
