@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvpack.ops import kmeans_vectors as kmeans_vectors
     from kvpack.ops import low_rank as low_rank
     from kvpack.ops import magnitude as magnitude
+    from kvpack.ops import outlier_counts as outlier_counts
     from kvpack.ops import outliers as outliers
     from kvpack.ops import query_metric as query_metric
     from kvpack.ops import rows as rows

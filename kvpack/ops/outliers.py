@@ -1,33 +1,13 @@
-"""Extreme entries of vectors: how many, which, and what to put in their place.
+"""Extreme entries of vectors: which, and what to put in their place.
 
-Entries are chosen by rank, so that ties never make more of them than the nominal count.
+Entries are chosen by rank, so that ties never make more of them than the nominal count
+(`ops.outlier_counts`).
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
-
-
-def sides(keep: float, length: int) -> tuple[int, int]:
-    """How many of the smallest and of the largest of `length` entries are extreme.
-
-    ceil(keep/2 * length) each, at least one for keep > 0; both together at most `length`, where
-    the largest come first. Sources: KVQuant's official cap (21 a side of 4096 at 1 %); GEAR, arXiv
-    2403.05527, section 3.
-    """
-    each = math.ceil(keep / 2 * length - 1e-9)
-    largest = min(each, (length + 1) // 2)
-    return min(each, length - largest), largest
-
-
-def index_dtype(length: int) -> str:
-    """The narrowest dtype for places in a vector of `length` entries."""
-    if length <= 1 << 8:
-        return "uint8"
-    return "int16" if length <= 1 << 15 else "int32"
 
 
 def both_ends(x: Tensor, smallest: int, largest: int, dim: int, valid: Tensor | None = None) -> Tensor:

@@ -1,9 +1,11 @@
-"""Windows of exact tokens: how many leave them, and which come first."""
+"""Windows of exact tokens: how many leave them, and which come first. Counting needs no torch."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def leaving(tail_tokens: int, block: int, recent_tokens: int) -> int:
@@ -32,7 +34,7 @@ def first_tokens(seen: Tensor, valid: Tensor | None, tokens: int, first: int) ->
     if first == 0:
         return None
     if valid is None:
-        valid = torch.ones((len(seen), tokens), dtype=torch.bool, device=seen.device)
+        valid = seen.new_ones((len(seen), tokens)).bool()
     order = seen.reshape(-1, 1) + valid.long().cumsum(-1)
     found = valid & (order <= first)
     return found if bool(found.any()) else None

@@ -14,12 +14,13 @@ from kvpack.core.errors import UsageError
 from kvpack.core.roles import Plane
 from kvpack.core.types import CacheView, Rope, Site, State
 from kvpack.recipe.plan import KVLayerPlan
+from kvpack.runtime.holdings import Holdings
 from kvpack.runtime.overlay import Overlay
 from kvpack.runtime.plane import PlaneCache
 from kvpack.runtime.tokens import TokenTrack
 
 
-class KVPackLayer(CacheLayerMixin):
+class KVPackLayer(Holdings, CacheLayerMixin):
     """Keys and values of one layer under a plan, behind transformers' cache interface.
 
     Args:
@@ -287,44 +288,3 @@ class KVPackLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         """Refused, as `offload`."""
         self.offload()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scales, exact tails and protected tokens."""
-        planes = sum(plane.nbytes for plane in self._planes.values())
-        return planes + self._overlay.nbytes if self.is_initialized else 0
-
-    @property
-    def device_nbytes(self) -> int:
-        """Bytes on the model's device: all."""
-        return self.nbytes
-
-    @property
-    def allocated_nbytes(self) -> int:
-        """The same with the room to grow."""
-        planes = sum(plane.allocated_nbytes for plane in self._planes.values())
-        return planes + self._overlay.nbytes if self.is_initialized else 0
-
-    @property
-    def elements(self) -> int:
-        """Numbers that an uncompressed cache would hold."""
-        if not self.is_initialized:
-            return 0
-        held = self.get_seq_length() - self._window_start(self.get_seq_length())
-        attention = self.plan.attention
-        return 2 * held * self.batch_size * attention.kv_heads * attention.head_dim
-
-    @property
-    def stored_tokens(self) -> dict[Plane, int]:
-        """Tokens held in encoded form."""
-        return {name: plane.stored_tokens for name, plane in self._planes.items()}
-
-    @property
-    def protected_tokens(self) -> int:
-        """Protected tokens, summed over the batch."""
-        return len(self._overlay) if self.is_initialized else 0
-
-    @property
-    def encoded_tokens(self) -> int:
-        """Tokens ever encoded, keys and values counted apart; equal to those stored unless some left."""
-        return self._encoded_before_reset + sum(p.encoded_tokens for p in self._planes.values())
