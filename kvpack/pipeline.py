@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from kvpack.artifact.manifest import FORMAT_VERSION, Manifest
 from kvpack.core.access import CLOSED, Access
+from kvpack.core.errors import KvpackError, UsageError
 from kvpack.core.memory import return_large_blocks
 from kvpack.core.progress import SILENT, Progress
 from kvpack.model_card import model_card
 from kvpack.recipe.plan import Plan
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from kvpack.artifact.writer import ArtifactWriter
     from kvpack.calibrate.data import Samples
     from kvpack.calibrate.store import Calibration
@@ -55,9 +58,17 @@ def make_plan(model: str | Path, recipe: str, overrides: Sequence[str] = (), acc
 
 
 def calibrate(
-    plan: Plan, out: Path, *, force: bool = False, access: Access = CLOSED, progress: Progress = SILENT
+    plan: Plan,
+    out: Path,
+    *,
+    sinks: bool = False,
+    force: bool = False,
+    access: Access = CLOSED,
+    progress: Progress = SILENT,
 ) -> Calibration:
     """Measure the model on the recipe's text and write a reusable calibration folder.
+
+    With `sinks`, it also holds a report of the source's attention sinks (`kvpack.calibrate.sinks`).
 
     Raises:
         SourceError: the weights hold NaN or Inf, or a shard is damaged.
@@ -68,11 +79,41 @@ def calibrate(
 
     return_large_blocks()
     check_free(out, force=force)
-    return _calibrate(plan, out, scan(plan.model, progress), force, access, progress)
+    hashes = scan(plan.model, progress)
+    extra = measure_sinks(plan, access, progress) if sinks else {}
+    return _calibrate(plan, out, hashes, force, access, progress, extra)
+
+
+def measure_sinks(plan: Plan, access: Access, progress: Progress) -> dict[str, bytes]:
+    """The report of attention sinks, by file name, on the recipe's text."""
+    from kvpack.calibrate.data import open_data
+    from kvpack.calibrate.sinks import FILE, sink_report, to_json
+    from kvpack.models.tokenizer import load_tokenizer
+
+    recipe = plan.recipe.recipe.calibration
+    tokenizer = load_tokenizer(plan.model, trust_remote_code=access.trust_remote_code)
+    sampler = open_data(recipe.data, tokenizer, allow_download=access.allow_download)
+
+    def draw(samples: int, tokens: int) -> Tensor:
+        try:
+            return sampler(samples, tokens, recipe.seed).tokens
+        except UsageError as error:
+            raise UsageError(error.what, why="sinks need own samples", hint="give more text") from error
+
+    report = sink_report(plan.model, draw, trust_remote_code=access.trust_remote_code, progress=progress)
+    for entry in (*report["later_tokens"], *report["long"]["later_tokens"]):
+        entry["text"] = tokenizer.decode([entry["token"]])
+    return {FILE: to_json(report)}
 
 
 def _calibrate(
-    plan: Plan, out: Path, hashes: Mapping[str, str], force: bool, access: Access, progress: Progress
+    plan: Plan,
+    out: Path,
+    hashes: Mapping[str, str],
+    force: bool,
+    access: Access,
+    progress: Progress,
+    extra: Mapping[str, bytes] | None = None,
 ) -> Calibration:
     from kvpack.calibrate.sequential import calibrate as run
 
@@ -81,7 +122,37 @@ def _calibrate(
         _samples(plan, access),
         out,
         hashes=hashes,
+        extra=extra,
         force=force,
+        trust_remote_code=access.trust_remote_code,
+        progress=progress,
+    )
+
+
+def calibrate_together(
+    plans: Sequence[Plan],
+    folder: Path,
+    *,
+    hashes: Mapping[str, str],
+    access: Access = CLOSED,
+    progress: Progress = SILENT,
+) -> list[Path | KvpackError | None]:
+    """Calibrate several plans of one model in as few passes as possible, into folders below `folder`.
+
+    Plans that learn the same share a calibration; those that leave the weights alone and read the
+    same text share the passes over it. `hashes` are those of `kvpack.models.scan.scan`.
+
+    Returns:
+        Per plan: the calibration's folder, why it failed, or None where none is needed.
+    """
+    from kvpack.calibrate.shared import calibrate_all
+
+    return_large_blocks()
+    return calibrate_all(
+        plans,
+        folder,
+        lambda plan: _samples(plan, access),
+        hashes=hashes,
         trust_remote_code=access.trust_remote_code,
         progress=progress,
     )
@@ -102,6 +173,7 @@ def export(
     calibration: Path | None = None,
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    hashes: Mapping[str, str] | None = None,
     access: Access = CLOSED,
     progress: Progress = SILENT,
 ) -> Exported:
@@ -114,6 +186,7 @@ def export(
             recipe that needs one calibrates by itself.
         force: replace `out` if it exists.
         shard_bytes: weight bytes per file.
+        hashes: what `kvpack.models.scan.scan` found, when the weights have been read already.
         access: what is allowed.
         progress: told about every stage.
 
@@ -130,7 +203,7 @@ def export(
     planned = sum(spec.nbytes for spec in plan.artifact_tensors().values())
     given = None if calibration is None else _open_calibration(calibration, plan)
     with ArtifactWriter(out, force=force, planned_bytes=planned) as writer:
-        hashes = scan(plan.model, progress)
+        hashes = scan(plan.model, progress) if hashes is None else hashes
         with _calibrated(plan, given, hashes, writer, access, progress) as measured:
             manifest = _write(plan, measured, hashes, writer, shard_bytes, progress)
         # Only now: the calibration made on the way must be gone when the folder gets its name.

@@ -55,18 +55,59 @@ def evaluate(
         ArtifactError: the artifact is damaged.
         UsageError: the text cannot be had or is too short, or the source has another vocabulary.
     """
-    from kvpack.artifact.reader import read_manifest
     from kvpack.loading.load import load
+
+    model = load(path, trust_remote_code=access.trust_remote_code)
+    reference = None if source is None else load_reference(source, model, access)
+    name, pieces = _pieces(path, model, settings, access)
+    return _score(path, model, Ground(reference, name, pieces, settings), progress)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What several artifacts of one model are scored against: the source, loaded, and the text as tokens."""
+
+    reference: Any
+    text: str
+    pieces: Sequence[Tensor]
+    settings: EvaluationSettings
+
+
+def prepare(source: str | Path, settings: EvaluationSettings, *, access: Access = CLOSED) -> Ground:
+    """Load a source and cut the text into its tokens, once for many artifacts.
+
+    Raises:
+        SourceError: the folder or hub id leads to no model.
+        UsageError: the text cannot be had or is too short.
+    """
+    from kvpack.loading.load import load_source
+    from kvpack.models.source import resolve
+
+    folder, _ = resolve(source, allow_download=access.allow_download)
+    reference = load_source(folder, access)
+    return Ground(reference, *_pieces(folder, reference, settings, access), settings)
+
+
+def score(path: Path, ground: Ground, *, access: Access = CLOSED, progress: Progress = SILENT) -> Evaluation:
+    """Score an artifact of the source that `ground` was prepared from.
+
+    Raises:
+        ArtifactError: the artifact is damaged.
+    """
+    from kvpack.loading.load import load
+
+    return _score(path, load(path, trust_remote_code=access.trust_remote_code), ground, progress)
+
+
+def _score(path: Path, model: Any, ground: Ground, progress: Progress) -> Evaluation:
+    from kvpack.artifact.reader import read_manifest
     from kvpack.runtime.install import new_cache
 
-    manifest = read_manifest(path)
-    model = load(path, trust_remote_code=access.trust_remote_code)
-    reference = None if source is None else _reference(source, model, access)
-    name, pieces = _pieces(path, model, settings, access)
+    manifest, settings, pieces = read_manifest(path), ground.settings, ground.pieces
     step = settings.step_tokens or longest_step(manifest.kv)
     measured = measure(
         model,
-        reference,
+        ground.reference,
         pieces,
         new_cache=(lambda exact: new_cache(model, exact_prefill=exact)) if manifest.kv else None,
         protocols=settings.protocols,
@@ -75,7 +116,7 @@ def evaluate(
         progress=progress,
     )
     return Evaluation(
-        text=name,
+        text=ground.text,
         tokens=sum(len(piece) - 1 for piece in pieces),
         context_tokens=max(len(piece) for piece in pieces),
         step_tokens=step,
@@ -84,6 +125,9 @@ def evaluate(
         source=measured.source,
         kv_bits_per_element=8 * measured.kv_bytes / measured.kv_elements if manifest.kv else None,
         kv_bytes_per_token=measured.kv_bytes / measured.kv_tokens if manifest.kv else None,
+        kv_bits={name: 8 * held.nbytes / held.elements for name, held in measured.held.items()},
+        layer_errors=measured.layer_errors,
+        retrieval=measured.retrieval,
     )
 
 
@@ -92,8 +136,13 @@ def _vocabulary(model: Any) -> int:
     return int(model.config.get_text_config(decoder=True).vocab_size)
 
 
-def _reference(source: str | Path, model: Any, access: Access) -> Any:
-    """The source model, if it speaks the artifact's vocabulary."""
+def load_reference(source: str | Path, model: Any, access: Access) -> Any:
+    """The source model, if it speaks the artifact's vocabulary.
+
+    Raises:
+        UsageError: it does not.
+        SourceError: `source` leads to no model.
+    """
     from kvpack.loading.load import load_source
 
     reference = load_source(source, access)

@@ -1,4 +1,4 @@
-"""Conditions on an evaluation, for CI: ``ppl_ratio<=1.02,kl<=0.01``."""
+"""Conditions on an evaluation, for CI: ``ppl_ratio<=1.02,kl<=0.01`` or ``recall>=0.99``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvpack.core.errors import UsageError
-from kvpack.evaluate.scores import Evaluation
+from kvpack.evaluate.scores import Evaluation, RecallEvaluation
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,17 @@ class Gate:
 
 
 METRICS = ("ppl", "ppl_ratio", "kl", "top1", "weight_bits", "kv_bits")
-_COMPARED = ("ppl_ratio", "kl", "top1")
+RECALL_METRICS = ("recall", "recall_loss", "weight_bits", "kv_bits")
+_COMPARED = ("ppl_ratio", "kl", "top1", "recall_loss")
 
 
-def parse_gates(text: str, *, compared: bool = True) -> list[Gate]:
+def parse_gates(text: str, *, compared: bool = True, metrics: Sequence[str] = METRICS) -> list[Gate]:
     """Read ``"ppl_ratio<=1.02,kl<=0.01"``.
 
     Args:
         text: conditions, separated by commas.
         compared: whether the evaluation will have a source to compare with.
+        metrics: what it will measure.
 
     Raises:
         UsageError: an unknown metric, no ``<=``/``>=`` with a number, a metric that cannot be
@@ -43,10 +45,10 @@ def parse_gates(text: str, *, compared: bool = True) -> list[Gate]:
     for item in filter(None, (part.strip() for part in text.split(","))):
         operator: Literal["<=", ">="] = "<=" if "<=" in item else ">="
         metric, found, bound = (part.strip() for part in item.partition(operator))
-        if not found or metric not in METRICS:
+        if not found or metric not in metrics:
             raise UsageError(
                 f"cannot read the gate {item!r}",
-                hint=f"write METRIC<=NUMBER or METRIC>=NUMBER, with METRIC one of {', '.join(METRICS)}",
+                hint=f"write METRIC<=NUMBER or METRIC>=NUMBER, with METRIC one of {', '.join(metrics)}",
             )
         if metric in _COMPARED and not compared:
             raise UsageError(f"gate {item!r} compares with a source", hint="add --source MODEL")
@@ -66,7 +68,7 @@ def _number(text: str, item: str) -> float:
     return number
 
 
-def failed_gates(evaluation: Evaluation, gates: Sequence[Gate]) -> list[str]:
+def failed_gates(evaluation: Evaluation | RecallEvaluation, gates: Sequence[Gate]) -> list[str]:
     """One line per gate that does not hold, for any protocol measured."""
     failures = []
     for protocol in evaluation.packed:

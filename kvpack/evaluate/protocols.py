@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvpack.core.errors import UsageError
-from kvpack.core.progress import SILENT, Progress
+from kvpack.core.progress import SILENT, Progress, counter
+from kvpack.evaluate.retrieval import RetrievalScores, RetrievalTally
 from kvpack.evaluate.scores import Scores, Tally
+from kvpack.evaluate.stored_errors import LayerError, StoredErrors
 from kvpack.recipe.plan import PLANES, KVLayerPlan
 
 if TYPE_CHECKING:
@@ -22,11 +24,26 @@ NewCache = Callable[[bool], Any]
 
 
 @dataclass(frozen=True)
+class Held:
+    """What caches held after each chunk, summed over chunks: bytes, numbers, tokens."""
+
+    nbytes: int = 0
+    elements: int = 0
+    tokens: int = 0
+
+    def plus(self, cache: Any, tokens: int) -> Held:
+        """With one more cache counted."""
+        return Held(self.nbytes + cache.nbytes, self.elements + cache.elements, self.tokens + tokens)
+
+
+@dataclass(frozen=True)
 class Measured:
     """Scores by protocol, the source's, and what the caches held, summed over all chunks.
 
     `kv_bytes`, `kv_elements` and `kv_tokens` are of the caches as they stood after each chunk of
-    the last protocol; 0 without a KV scheme.
+    the last protocol, `held` those of every protocol; 0 and empty without a KV scheme.
+    `layer_errors` are those of ``prefill``, where the newest tokens are stored, too. `retrieval` is
+    measured in the last protocol, None where no tokens are retrieved.
     """
 
     packed: dict[str, Scores]
@@ -34,6 +51,9 @@ class Measured:
     kv_bytes: int = 0
     kv_elements: int = 0
     kv_tokens: int = 0
+    held: Mapping[str, Held] = field(default_factory=dict)
+    layer_errors: tuple[LayerError, ...] = ()
+    retrieval: RetrievalScores | None = None
 
 
 def chunks(documents: Sequence[str], tokenizer: Any, context_tokens: int, limit_tokens: int) -> list[Tensor]:
@@ -106,49 +126,67 @@ def measure(
     import torch
 
     names: Sequence[str] = protocols if new_cache is not None else ("weights",)
-    reference, tallies = Tally(), {name: Tally() for name in names}
-    held = [0, 0, 0]
-    done, total = 0, sum(len(p) for p in pieces) * len(names)
-
-    def tick(tokens: int) -> None:
-        nonlocal done
-        done += tokens
-        progress("evaluate", done, total)
-
-    progress("evaluate", 0, total)
+    found = _Found(names)
+    tick = counter(progress, "evaluate", sum(len(p) for p in pieces) * len(names))
     with torch.inference_mode():
         for ids in batches(pieces, batch):
             exact = None if source is None else source(ids, use_cache=False).logits[:, :-1]
             if exact is not None:
-                reference.add(exact, ids[:, 1:])
-            for name, tally in tallies.items():
-                logits, cache = _run(packed, ids, name, new_cache, step_tokens, tick)
-                tally.add(logits[:, :-1], ids[:, 1:], exact)
-                if cache is not None and name == names[-1]:
-                    now = (cache.nbytes, cache.elements, ids.numel())
-                    held = [a + b for a, b in zip(held, now, strict=True)]
-    packed_scores = {name: tally.scores() for name, tally in tallies.items()}
-    return Measured(packed_scores, None if source is None else reference.scores(), *held)
+                found.reference.add(exact, ids[:, 1:])
+            for name in names:
+                cache = None if new_cache is None else new_cache(name == "decode")
+                found.watch(name, cache)
+                logits = _run(packed, ids, cache, step_tokens if name == "decode" else None, tick)
+                found.add(name, logits, ids, exact, cache)
+    return found.measured(compared=source is not None)
 
 
-def _run(
-    model: Any,
-    ids: Tensor,
-    protocol: str,
-    new_cache: NewCache | None,
-    step_tokens: int,
-    tick: Callable[[int], None],
-) -> tuple[Tensor, Any]:
-    """Logits [B, T, V] of `model` under one protocol, and the cache it used."""
+class _Found:
+    """What `measure` sums up over batches, by protocol."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.last = names[-1]
+        self.reference, self.tallies = Tally(), {name: Tally() for name in names}
+        self.held: dict[str, Held] = {}
+        self.errors, self.retrieved = StoredErrors(), RetrievalTally()
+
+    def watch(self, name: str, cache: Any) -> None:
+        """Follow what happens in a cache, before it is used."""
+        if name == "prefill":
+            self.errors.watch(cache)
+        if name == self.last:
+            self.retrieved.watch(cache)
+
+    def add(self, name: str, logits: Tensor, ids: Tensor, exact: Tensor | None, cache: Any) -> None:
+        """Count logits [B, T, V] of tokens `ids` [B, T], and what their cache holds."""
+        self.tallies[name].add(logits[:, :-1], ids[:, 1:], exact)
+        if cache is not None:
+            self.held[name] = self.held.get(name, Held()).plus(cache, ids.numel())
+
+    def measured(self, *, compared: bool) -> Measured:
+        """Everything together; with the source's scores where it was `compared`."""
+        last = self.held.get(self.last, Held())
+        return Measured(
+            {name: tally.scores() for name, tally in self.tallies.items()},
+            self.reference.scores() if compared else None,
+            last.nbytes,
+            last.elements,
+            last.tokens,
+            self.held,
+            self.errors.layers(),
+            self.retrieved.scores(),
+        )
+
+
+def _run(model: Any, ids: Tensor, cache: Any, step_tokens: int | None, tick: Callable[[int], None]) -> Tensor:
+    """Logits [B, T, V] of `model`, all tokens at once or `step_tokens` at a time through `cache`."""
     import torch
 
-    cache = None if new_cache is None else new_cache(protocol == "decode")
-    steps = torch.split(ids, step_tokens, 1) if protocol == "decode" else (ids,)
     logits = []
-    for step in steps:
+    for step in (ids,) if step_tokens is None else torch.split(ids, step_tokens, 1):
         logits.append(model(step, past_key_values=cache, use_cache=cache is not None).logits)
         tick(step.numel())
-    return torch.cat(logits, dim=1), cache
+    return torch.cat(logits, dim=1)
 
 
 def longest_step(layers: Iterable[KVLayerPlan], at_most: int = 32) -> int:
@@ -158,10 +196,12 @@ def longest_step(layers: Iterable[KVLayerPlan], at_most: int = 32) -> int:
     least as far back. Schemes without a window, and policies that search pieces of a prompt for
     sinks, go token by token.
     """
-    planes = [(layer.policy, layer.plane(p).codec.token_block, p) for layer in layers for p in PLANES]
+    planes = [(layer.policy, layer.block(p), p) for layer in layers for p in PLANES]
 
     def safe(step: int) -> bool:
         for policy, block, plane in planes:
+            if policy.scorer is not None and not policy.scorer.cut_free:
+                return False
             if policy.needs_hidden or (block == 1 and policy.leaving(step, 1, plane)):
                 return False
             if block > 1:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from kvpack.evaluate.retrieval import RetrievalScores
+from kvpack.evaluate.stored_errors import LayerError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +33,9 @@ class Evaluation:
 
     `tokens` were scored in chunks of at most `context_tokens`. `kv_bits_per_element` and
     `kv_bytes_per_token` are measured on the caches after each chunk, everything stored counted;
-    None without a KV scheme. `bits_per_weight` counts all weight tensors.
+    None without a KV scheme. They are of the last protocol measured; `kv_bits` has each protocol's.
+    `bits_per_weight` counts all weight tensors. `layer_errors` belong to ``prefill``. `retrieval` is
+    there where queries read chosen tokens only.
     """
 
     text: str
@@ -42,6 +47,9 @@ class Evaluation:
     source: Scores | None = None
     kv_bits_per_element: float | None = None
     kv_bytes_per_token: float | None = None
+    kv_bits: Mapping[str, float] = field(default_factory=dict)
+    layer_errors: tuple[LayerError, ...] = ()
+    retrieval: RetrievalScores | None = None
 
     def metrics(self, protocol: str) -> dict[str, float]:
         """The numbers that a gate may name, for one protocol."""
@@ -55,6 +63,50 @@ class Evaluation:
             "kv_bits": self.kv_bits_per_element,
         }
         return {name: value for name, value in values.items() if value is not None}
+
+    def cost(self, protocol: str) -> float:
+        """What is lost, the less the better: KL divergence; perplexity where there was no source."""
+        scores = self.packed[protocol]
+        return scores.perplexity if scores.kl is None else scores.kl
+
+
+@dataclass(frozen=True)
+class RecallEvaluation:
+    """Share of right answers of a packed model, by protocol, and of its source; from one run.
+
+    `sequences` of `tokens` tokens hold `facts` facts and ask `questions` questions each.
+    `kv_bits` per element is measured on each protocol's caches after each sequence, everything
+    stored counted; empty without a KV scheme.
+    """
+
+    tokens: int
+    facts: int
+    questions: int
+    sequences: int
+    seed: int
+    packed: Mapping[str, float]
+    bits_per_weight: float
+    source: float | None = None
+    kv_bits: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def kv_bits_per_element(self) -> float | None:
+        """The bits of the last protocol; None without a KV scheme."""
+        return next(reversed(list(self.kv_bits.values())), None)
+
+    def metrics(self, protocol: str) -> dict[str, float]:
+        """The numbers that a gate may name, for one protocol."""
+        values: dict[str, float | None] = {
+            "recall": self.packed[protocol],
+            "recall_loss": None if self.source is None else self.source - self.packed[protocol],
+            "weight_bits": self.bits_per_weight,
+            "kv_bits": self.kv_bits_per_element,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    def cost(self, protocol: str) -> float:
+        """What is lost, the less the better: the share of wrong answers."""
+        return 1 - self.packed[protocol]
 
 
 class Tally:
