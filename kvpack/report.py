@@ -10,8 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from kvpack.core.errors import RecipeError
 from kvpack.core.types import TensorSpec
 from kvpack.recipe.plan import KVLayerPlan, Plan
+from kvpack.recipe.recipe import LoadedRecipe
+from kvpack.recipe.reference_shape import PROMPT_TOKENS, reference_model
+from kvpack.recipe.resolve import resolve
 
 PROTECTED_INDEX_BYTES = 8
 """Row and slot of one protected token, two int32."""
@@ -158,6 +162,30 @@ def weight_bytes(plan: Plan) -> WeightBytes:
     elements = sum(w.linear.shape[0] * w.linear.shape[1] for w in plan.weights.values())
     copied = sum(t.nbytes for t in plan.copied.values())
     return WeightBytes(packed, elements, copied, plan.model.parameters, plan.model.nbytes)
+
+
+@dataclass(frozen=True)
+class ReferenceBits:
+    """Stored bits per element of a recipe at the reference shape, everything counted.
+
+    `kv` after a prompt of 4096 tokens and `weights` over all linear layers of the decoder blocks;
+    None for what the recipe leaves alone. `refused` tells why the shape does not suit the recipe.
+    """
+
+    kv: float | None = None
+    weights: float | None = None
+    refused: str | None = None
+
+
+def reference_bits(loaded: LoadedRecipe) -> ReferenceBits:
+    """What a recipe takes, before there is a model: counted at `kvpack.recipe.reference_shape`."""
+    model = reference_model()
+    try:
+        plan = resolve(loaded, model)
+    except RecipeError as error:
+        return ReferenceBits(refused=error.message)
+    kv = kv_bytes(plan.kv, PROMPT_TOKENS, model.dtype).bits_per_element if plan.kv else None
+    return ReferenceBits(kv, weight_bytes(plan).bits_per_weight if plan.weights else None)
 
 
 def human_bytes(count: float) -> str:

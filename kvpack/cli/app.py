@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 from kvpack import __version__
-from kvpack.cli import calibrate, demo, doctor, eval_, export, generate, inspect_, plan, recipes, verify
+from kvpack.cli import (
+    calibrate,
+    compare,
+    demo,
+    doctor,
+    eval_,
+    export,
+    generate,
+    inspect_,
+    plan,
+    recipes,
+    verify,
+)
 from kvpack.cli.run import Result, command, function_name
 
 app = typer.Typer(
@@ -25,7 +37,7 @@ _recipes = typer.Typer(help="List, show and check recipes: what to compress, and
 _PANELS: dict[str, tuple[Callable[..., Result], ...]] = {
     "Start here": (demo.demo, plan.plan, calibrate.calibrate, export.export),
     "Look": (inspect_.inspect_,),
-    "Check": (verify.verify, eval_.eval_, doctor.doctor),
+    "Check": (verify.verify, eval_.eval_, compare.compare, doctor.doctor),
     "Use": (generate.generate,),
 }
 _RECIPES = (recipes.recipes_list, recipes.recipes_show, recipes.recipes_validate, recipes.recipes_schema)

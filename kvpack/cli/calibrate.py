@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from kvpack.cli.options import (
     AllowDownload,
@@ -10,22 +14,36 @@ from kvpack.cli.options import (
     DryRun,
     Force,
     Model,
+    OptionalRecipe,
     Output,
     Overrides,
-    RecipeOption,
     TrustRemoteCode,
     with_data,
 )
 from kvpack.cli.plan import plan_result
 from kvpack.cli.run import Result, Session
 from kvpack.core.access import Access
+from kvpack.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvpack.calibrate.store import Calibration
+
+Sinks = Annotated[
+    bool,
+    typer.Option(
+        "--sinks",
+        help="Also measure the model's attention sinks, for kvpack inspect; without --recipe only those.",
+    ),
+]
+_MEASURE = "fragments/measure"
 
 
 def calibrate(
     session: Session,
     model: Model,
-    recipe: RecipeOption,
     output: Output,
+    recipe: OptionalRecipe = None,
+    sinks: Sinks = False,
     data: Data = None,
     overrides: Overrides = None,
     force: Force = False,
@@ -36,14 +54,26 @@ def calibrate(
     """Measure a model on text once; many exports can use the result."""
     from kvpack import pipeline
 
+    if recipe is None and not sinks:
+        raise UsageError("nothing to measure", hint="name a --recipe, or pass --sinks")
     access = Access(allow_download, trust_remote_code)
-    plan = pipeline.make_plan(model, recipe, with_data(overrides, data), access)
+    plan = pipeline.make_plan(model, recipe or _MEASURE, with_data(overrides, data), access)
     if dry_run:
         return plan_result(plan)
-    made = pipeline.calibrate(plan, output, force=force, access=access, progress=session.progress)
-    errors = made.output_errors
-    worst = max(errors, key=lambda name: errors[name], default=None)
-    found = {
+    made = pipeline.calibrate(
+        plan, output, sinks=sinks, force=force, access=access, progress=session.progress
+    )
+    lines = _lines(made, output)
+    if sinks:
+        lines.append(f"to see the attention sinks: {shlex.join(['kvpack', 'inspect', str(output)])}")
+    if recipe is not None:
+        lines.append(f"next: {_export_command(model, recipe, with_data(overrides, data), output)}")
+    return Result(_data(made, output), tuple(lines))
+
+
+def _data(made: Calibration, output: Path) -> dict[str, Any]:
+    errors, worst = made.output_errors, _worst(made)
+    return {
         "path": str(output),
         "sha256": made.sha256,
         "tokens": made.manifest["tokens"],
@@ -51,9 +81,33 @@ def calibrate(
         "worst_output_error": None if worst is None else {"linear": worst, "relative": errors[worst]},
         "output_errors": errors,
     }
-    lines = [f"wrote {output}: {found['tokens']:,} tokens, {len(errors)} layers solved"]
+
+
+def _lines(made: Calibration, output: Path) -> list[str]:
+    errors, worst = made.output_errors, _worst(made)
+    lines = [f"wrote {output}: {made.manifest['tokens']:,} tokens, {len(errors)} layers solved"]
     if worst is not None:
         lines.append(f"largest relative output error: {errors[worst]:.4f} in {worst}")
-    changes = [word for change in with_data(overrides, data) for word in ("--set", change)]
-    command = ["kvpack", "export", model, "-r", recipe, *changes, "--calibration", str(output), "-o", "out/"]
-    return Result(found, (*lines, f"next: {shlex.join(command)}"))
+    return lines
+
+
+def _worst(made: Calibration) -> str | None:
+    """The linear layer with the largest output error, if any was solved."""
+    return max(made.output_errors, key=lambda name: made.output_errors[name], default=None)
+
+
+def _export_command(model: str, recipe: str, overrides: list[str], calibration: Path) -> str:
+    changes = [word for change in overrides for word in ("--set", change)]
+    command = [
+        "kvpack",
+        "export",
+        model,
+        "-r",
+        recipe,
+        *changes,
+        "--calibration",
+        str(calibration),
+        "-o",
+        "out/",
+    ]
+    return shlex.join(command)

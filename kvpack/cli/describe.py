@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from kvpack.core.registry import kind_of
-from kvpack.core.roles import Part
+from kvpack.core.roles import Part, Plane
 from kvpack.core.types import Group
 from kvpack.recipe.build import settings
-from kvpack.recipe.plan import PlanePlan
+from kvpack.recipe.inputs_plan import InputsPlan
+from kvpack.recipe.plan import KVLayerPlan, PlanePlan
 
 
 def describe(part: Part) -> str:
@@ -27,6 +28,22 @@ def describe(part: Part) -> str:
 
 
 def plane_text(plane: PlanePlan) -> str:
-    """Transforms and codec of keys or values: ``unrope > hadamard heads 4 > affine bits 2``."""
+    """Transforms and codecs of keys or values: ``unrope > hadamard heads 4 > affine bits 2``."""
     folded = " (folded)" if plane.folded else ""
-    return " > ".join([*(describe(t) + folded for t in plane.transforms), describe(plane.codec)])
+    codecs = " | ".join(describe(codec) for codec in plane.codecs)
+    return " > ".join([*(describe(t) + folded for t in plane.transforms), codecs])
+
+
+def side_text(layer: KVLayerPlan, name: Plane) -> str:
+    """The same for one side of a layer, which may store its input instead."""
+    if name not in layer.planes:
+        return "made again from the stored inputs"
+    stored = "" if layer.inputs is None else f"{_inputs_text(layer.inputs, name)} > "
+    return stored + plane_text(layer.plane(name))
+
+
+def _inputs_text(inputs: InputsPlan, name: Plane) -> str:
+    basis = f", {inputs.width(name)} singular" if name in inputs.bases else ""
+    difference = ", less the layer before's" if inputs.link == "difference" else ""
+    place = " before the norm" if inputs.tap == "residual" else ""
+    return f"inputs{place} ({inputs.channels} channels{basis}{difference})"

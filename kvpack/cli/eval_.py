@@ -3,57 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from kvpack.calibrate.recall_text import RecallSettings
 from kvpack.cli.console import table
-from kvpack.cli.options import AllowDownload, Artifact, Source, TrustRemoteCode
+from kvpack.cli.gate import Gates, gate_failure
+from kvpack.cli.options import (
+    KV,
+    AllowDownload,
+    Artifact,
+    Context,
+    Source,
+    Step,
+    Text,
+    Tokens,
+    TrustRemoteCode,
+    protocols_of,
+)
+from kvpack.cli.recall import (
+    RecallFacts,
+    RecallQuestions,
+    RecallSeed,
+    RecallTokens,
+    Sequences,
+    Task,
+    is_recall,
+    recall_result,
+)
+from kvpack.cli.report_file import ForceReport, Report, check_report, write_report
 from kvpack.cli.run import Result, Session
 from kvpack.core.access import Access
-from kvpack.core.errors import CheckFailed, UsageError
-from kvpack.evaluate.gates import METRICS, failed_gates, parse_gates
+from kvpack.core.types import ITEM_BYTES
+from kvpack.evaluate.cells import subject
+from kvpack.evaluate.frontier import Comparison, Entry
+from kvpack.evaluate.gates import parse_gates
 from kvpack.evaluate.scores import Evaluation, Scores
 from kvpack.report import human_bytes
 
-Tokens = Annotated[
-    int, typer.Option("--max-tokens", min=2, help="Tokens to score; the last chunk is finished.")
-]
-Context = Annotated[
-    int, typer.Option("--context", min=2, help="Tokens per chunk, at most what the model was made for.")
-]
-Step = Annotated[
-    int | None,
-    typer.Option(
-        "--step", min=1, help="Tokens per step in decode; by default the most that scores as single steps do."
-    ),
-]
-KV = Annotated[
-    str,
-    typer.Option(
-        "--kv",
-        metavar="both|prefill|decode",
-        help="How the compressed cache takes part. prefill: one forward, every full token block encoded; "
-        "decode: step by step as in generation, recent tokens exact.",
-    ),
-]
-
-Text = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        metavar="TEXT",
-        help="Text to score: builtin:stdlib, a .txt, .jsonl or .parquet file, or hf:DATASET.",
-    ),
-]
-Gates = Annotated[
-    str | None,
-    typer.Option(
-        "--gate",
-        metavar="CONDITIONS",
-        help='Exit with 1 unless they hold, e.g. "ppl_ratio<=1.02,kl<=0.01"; of ' + ", ".join(METRICS) + ".",
-    ),
-]
+if TYPE_CHECKING:
+    from kvpack.evaluate.artifact import EvaluationSettings
 
 
 def eval_(
@@ -66,33 +54,57 @@ def eval_(
     context: Context = 512,
     max_tokens: Tokens = 4096,
     step: Step = None,
+    task: Task = "text",
+    recall_tokens: RecallTokens = 1024,
+    recall_facts: RecallFacts = 16,
+    recall_questions: RecallQuestions = None,
+    sequences: Sequences = 32,
+    recall_seed: RecallSeed = 0,
+    report: Report = None,
+    force: ForceReport = False,
     allow_download: AllowDownload = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Result:
-    """Measure perplexity; with --source also KL divergence and top-1 agreement."""
-    from kvpack.evaluate.artifact import EvaluationSettings, evaluate
-    from kvpack.evaluate.protocols import PROTOCOLS
+    """Measure perplexity, or recall of facts; with --source also KL divergence and top-1 agreement."""
+    from kvpack.evaluate.artifact import EvaluationSettings
 
+    protocols = protocols_of(kv)
+    access = Access(allow_download, trust_remote_code)
+    if is_recall(task, data, report):
+        size = RecallSettings(recall_tokens, recall_facts, recall_questions, sequences, recall_seed)
+        return recall_result(session, Path(path), source, size, gate, protocols, step, access)
+    check_report(report, force)
+    settings = EvaluationSettings(data, context, max_tokens, step, protocols=protocols)
+    return _text_result(session, Path(path), source, settings, gate, report, access)
+
+
+def _text_result(
+    session: Session,
+    path: Path,
+    source: str | None,
+    settings: EvaluationSettings,
+    gate: str | None,
+    report: Path | None,
+    access: Access,
+) -> Result:
+    """Score an artifact on a text, and its source where there is one; draw it if that is wanted."""
     gates = [] if gate is None else parse_gates(gate, compared=source is not None)
-    if kv not in ("both", *PROTOCOLS):
-        raise UsageError(f"--kv cannot be {kv!r}", hint=f"use both, {' or '.join(PROTOCOLS)}")
-    settings = EvaluationSettings(
-        data=data,
-        context_tokens=context,
-        max_tokens=max_tokens,
-        step_tokens=step,
-        protocols=tuple(p for p in PROTOCOLS if kv in ("both", p)),
-    )
-    found = evaluate(
-        Path(path),
-        source,
-        settings,
-        access=Access(allow_download, trust_remote_code),
-        progress=session.progress,
-    )
-    failures = failed_gates(found, gates)
-    failure = CheckFailed("; ".join(failures), hint="the gate was set with --gate") if failures else None
-    return Result(evaluation_data(found), tuple(evaluation_lines(found)), failure)
+    from kvpack.evaluate.artifact import evaluate
+
+    found = evaluate(path, source, settings, access=access, progress=session.progress)
+    written = () if report is None else write_report(report, _alone(path, source, found))
+    failure = gate_failure(found, gates)
+    return Result(evaluation_data(found), (*evaluation_lines(found), *written), failure)
+
+
+def _alone(path: Path, source: str | None, found: Evaluation) -> Comparison:
+    """One artifact beside its source, as a comparison with one entry."""
+    from kvpack.artifact.reader import read_manifest
+
+    manifest = read_manifest(path)
+    name = manifest.recipe.name + (f"@{manifest.recipe.variant}" if manifest.recipe.variant else "")
+    bits = 8 * ITEM_BYTES[manifest.base_model.dtype]
+    return Comparison(source or str(path), (Entry(name, found),), bits)
 
 
 def evaluation_data(found: Evaluation) -> dict[str, Any]:
@@ -107,6 +119,8 @@ def evaluation_data(found: Evaluation) -> dict[str, Any]:
         "kv_bits_per_element": found.kv_bits_per_element,
         "kv_bytes_per_token": found.kv_bytes_per_token,
         "bits_per_weight": found.bits_per_weight,
+        "layer_errors": found.layer_errors,
+        "retrieval": found.retrieval,
     }
 
 
@@ -116,13 +130,17 @@ def evaluation_lines(found: Evaluation) -> list[Any]:
     rows += [_row(f"packed, {name}", scores, found) for name, scores in found.packed.items()]
     columns = ("", "perplexity", "ratio", "KL", "top-1")
     lines: list[Any] = [
-        f"{found.tokens:,} tokens of {found.text}, chunks of {found.context_tokens}",
+        subject(found),
         table(columns, rows, right=columns[1:]),
         f"weights: {found.bits_per_weight:.2f} bits each, everything counted",
     ]
     if found.kv_bits_per_element is not None and found.kv_bytes_per_token is not None:
         held = f"{human_bytes(found.kv_bytes_per_token)} per token, measured after each chunk"
         lines.append(f"KV cache: {found.kv_bits_per_element:.2f} bits per element, {held}")
+    if found.retrieval is not None:
+        recall = ", ".join(f"{r:.1%} at {share}" for share, r in found.retrieval.recall.items())
+        read = f"{found.retrieval.read:.1%} of the tokens per head, {found.retrieval.fetched:.1%} per KV head"
+        lines += [f"retrieval: reads {read}", f"recall of the index: {recall}"]
     return lines
 
 

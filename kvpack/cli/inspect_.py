@@ -10,17 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpack.cli.console import table
-from kvpack.cli.describe import describe, plane_text
+from kvpack.cli.describe import describe, side_text
+from kvpack.cli.inspect_calibration import CALIBRATION_FILE, inspect_calibration
 from kvpack.cli.run import Result, Session
-from kvpack.core.errors import ArtifactError, SourceError
-from kvpack.core.strict_json import parse_json
+from kvpack.core.errors import SourceError
 from kvpack.recipe.build import to_mapping
 from kvpack.report import human_bytes, kv_bytes_per_token
 
 if TYPE_CHECKING:
     from kvpack.artifact.manifest import Manifest, PackedLinear
-
-CALIBRATION_FILE = "calibration.json"
 
 
 def inspect_(
@@ -34,7 +32,11 @@ def inspect_(
 
     if not path.is_dir():
         raise SourceError("is not a folder", where=str(path), hint="give a model, calibration or artifact")
-    for file, show in ((MANIFEST_FILE, _artifact), (CALIBRATION_FILE, _calibration), ("config.json", _model)):
+    for file, show in (
+        (MANIFEST_FILE, _artifact),
+        (CALIBRATION_FILE, inspect_calibration),
+        ("config.json", _model),
+    ):
         if (path / file).is_file():
             return show(path)
     raise SourceError(
@@ -96,11 +98,11 @@ def _artifact_lines(data: dict[str, Any], manifest: Manifest) -> list[Any]:
         columns = ("packed weights", "tensors", "bits/w", "bytes", "worst error")
         lines += ["", table(columns, rows, right=columns[1:])]
     if kv := data["kv"]:
-        first = manifest.kv[0]
+        last = manifest.kv[-1]
         about = [
-            ("keys", plane_text(first.key)),
-            ("values", plane_text(first.value)),
-            ("policy", describe(first.policy)),
+            ("keys", side_text(last, "key")),
+            ("values", side_text(last, "value")),
+            ("policy", describe(last.policy)),
             ("per token", f"{human_bytes(kv['bytes_per_token'])} once it is encoded"),
         ]
         lines += ["", table(("KV cache", f"{kv['layers']} layers"), about)]
@@ -138,48 +140,21 @@ def _schemes(manifest: Manifest) -> list[dict[str, Any]]:
 def _kv(manifest: Manifest) -> dict[str, Any] | None:
     if not manifest.kv:
         return None
-    first = manifest.kv[0]
+    last = manifest.kv[-1]
     sides = {
         name: {
             "transforms": to_mapping(side.transforms),
             "folded": side.folded,
-            "codec": to_mapping(side.codec),
+            "codecs": to_mapping(side.codecs),
         }
-        for name, side in (("key", first.key), ("value", first.value))
+        for name, side in (("key", last.key), ("value", last.value))
     }
     return {
         "layers": len(manifest.kv),
         **sides,
-        "policy": to_mapping(first.policy),
+        "policy": to_mapping(last.policy),
         "bytes_per_token": float(kv_bytes_per_token(manifest.kv, manifest.base_model.dtype)),
     }
-
-
-def _calibration(path: Path) -> Result:
-    file = path / CALIBRATION_FILE
-    content = parse_json(file.read_bytes(), where=str(file), error=ArtifactError)
-    try:
-        identity, versions = dict(content["identity"]), dict(content["versions"])
-        data: dict[str, Any] = {
-            "type": "calibration",
-            "identity": identity,
-            "tokens": content["tokens"],
-            "data": dict(content["data"]),
-            "solved_layers": len(content["linears"]),
-            "kv_layers": len(content["kv"]),
-            "bytes": sum((path / name).stat().st_size for name in content["files"]),
-            "versions": versions,
-        }
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise ArtifactError("is not a sound calibration", where=str(file), why=repr(error)) from error
-    rows = [
-        ("data", f"{identity.get('data')}, {data['tokens']:,} tokens"),
-        ("solved layers", data["solved_layers"]),
-        ("KV layers", data["kv_layers"]),
-        ("size", human_bytes(data["bytes"])),
-        ("made by", ", ".join(f"{name} {version}" for name, version in versions.items())),
-    ]
-    return Result(data, (table(("calibration", str(path)), rows),))
 
 
 def _model(path: Path) -> Result:

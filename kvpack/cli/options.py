@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvpack.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvpack.evaluate.protocols import Protocol
 
 _RECIPE_HELP = "A YAML file, or NAME or NAME@VARIANT of kvpack recipes list."
 RecipeReference = Annotated[str, typer.Argument(metavar="RECIPE", help=_RECIPE_HELP)]
@@ -32,6 +35,7 @@ Model = Annotated[
 ]
 Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder that kvpack export wrote.")]
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", metavar="RECIPE", help=_RECIPE_HELP)]
+OptionalRecipe = Annotated[str | None, typer.Option("--recipe", "-r", metavar="RECIPE", help=_RECIPE_HELP)]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is at --output.")]
 Output = Annotated[
     Path,
@@ -43,7 +47,8 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="TEXT",
-        help="Calibration text: builtin:stdlib, a .txt, .jsonl or .parquet file, or hf:DATASET; "
+        help="Calibration text: builtin:stdlib, a .txt, .jsonl or .parquet file, hf:DATASET, or "
+        "recall:TOKENS (sequences of the recall task, for models with the vocabulary of recall-1m); "
         "short for --set calibration.data=TEXT.",
     ),
 ]
@@ -54,6 +59,36 @@ Source = Annotated[
         "--source", metavar="MODEL", help="The uncompressed model to compare with: folder or hub id."
     ),
 ]
+Tokens = Annotated[
+    int, typer.Option("--max-tokens", min=2, help="Tokens to score; the last chunk is finished.")
+]
+Context = Annotated[
+    int, typer.Option("--context", min=2, help="Tokens per chunk, at most what the model was made for.")
+]
+Step = Annotated[
+    int | None,
+    typer.Option(
+        "--step", min=1, help="Tokens per step in decode; by default the most that scores as single steps do."
+    ),
+]
+Text = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="TEXT",
+        help="Text to score: builtin:stdlib, a .txt, .jsonl or .parquet file, or hf:DATASET.",
+    ),
+]
+KV = Annotated[
+    str,
+    typer.Option(
+        "--kv",
+        metavar="both|prefill|decode",
+        help="How the compressed cache takes part. prefill: one forward, every full token block encoded; "
+        "decode: step by step as in generation, recent tokens exact.",
+    ),
+]
+
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -73,3 +108,16 @@ def byte_count(text: str) -> int:
 def with_data(overrides: list[str] | None, data: str | None) -> list[str]:
     """Overrides of `--set`, then those of `--data`: a flag wins."""
     return [*(overrides or []), *([] if data is None else [f"calibration.data={json.dumps(data)}"])]
+
+
+def protocols_of(kv: str) -> tuple[Protocol, ...]:
+    """The protocols that `--kv` names.
+
+    Raises:
+        UsageError: it names none.
+    """
+    from kvpack.evaluate.protocols import PROTOCOLS
+
+    if kv not in ("both", *PROTOCOLS):
+        raise UsageError(f"--kv cannot be {kv!r}", hint=f"use both, {' or '.join(PROTOCOLS)}")
+    return tuple(p for p in PROTOCOLS if kv in ("both", p))

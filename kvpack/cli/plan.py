@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from kvpack.cli.console import table
-from kvpack.cli.describe import describe, plane_text
+from kvpack.cli.describe import describe, plane_text, side_text
 from kvpack.cli.options import AllowDownload, Model, Overrides, RecipeOption, TrustRemoteCode
 from kvpack.cli.run import Result, Session
 from kvpack.core.access import Access
 from kvpack.recipe.plan import KVLayerPlan, Plan, WeightPlan
-from kvpack.report import human_bytes, kv_bytes, kv_bytes_per_token, weight_bytes
+from kvpack.report import KVBytes, human_bytes, kv_bytes, kv_bytes_per_token, most_read, weight_bytes
 
 CONTEXT_TOKENS = 32_768
 """Tokens that the cache is forecast for."""
@@ -52,6 +52,8 @@ def plan_result(made: Plan, context: int = CONTEXT_TOKENS) -> Result:
     lines.append(table(columns, rows, right=("tensors", "bits/w", "bytes")))
     if cache := data["kv_cache"]:
         lines += ["", *_cache_lines(cache)]
+    if made.notes:
+        lines += ["", "note:", *(f"  {note}" for note in made.notes)]
     if data["dropped"]:
         lines += ["", "not in the artifact:", *(f"  {d['name']}: {d['reason']}" for d in data["dropped"])]
     return Result(data, tuple(lines))
@@ -68,6 +70,7 @@ def plan_data(made: Plan, context: int) -> dict[str, Any]:
         "weights": _weight_rows(made),
         "artifact": {"bytes": count.total, "bits_per_weight": count.bits_per_weight},
         "kv_cache": _cache_data(made, context),
+        "notes": list(made.notes),
         "dropped": [{"name": d.name, "reason": d.reason} for d in made.dropped],
     }
 
@@ -109,18 +112,32 @@ def _cache_data(made: Plan, context: int) -> dict[str, Any] | None:
     if not made.kv:
         return None
     held = kv_bytes(made.kv, context, made.model.dtype)
-    first = made.kv[0]
+    last = made.kv[-1]
     return {
         "layers": len(made.kv),
-        "key": plane_text(first.key),
-        "value": plane_text(first.value),
-        "policy": describe(first.policy),
+        "key": side_text(last, "key"),
+        "value": side_text(last, "value"),
+        "policy": describe(last.policy),
         "source_bytes_per_token": made.model.kv_bytes_per_token(),
         "bytes_per_token": float(kv_bytes_per_token(made.kv, made.model.dtype)),
         "context_tokens": context,
         "source_bytes": _dense_bytes(made.kv, context, made),
         "bytes": held.total,
         "bits_per_element": held.bits_per_element,
+        "retrieval": _retrieval_data(made, context, held),
+    }
+
+
+def _retrieval_data(made: Plan, context: int, held: KVBytes) -> dict[str, Any] | None:
+    found = next((layer.retrieval for layer in made.kv if layer.retrieval is not None), None)
+    if found is None:
+        return None
+    return {
+        "retriever": describe(found.retriever),
+        "index": plane_text(found.index),
+        "index_bytes": held.index,
+        "device_bytes": held.on_device,
+        "most_read": most_read(made.kv, context),
     }
 
 
@@ -143,4 +160,10 @@ def _cache_lines(cache: dict[str, Any]) -> list[Any]:
         (f"{cache['context_tokens']:,} tokens", f"{held} ({smaller:.2f}x smaller)"),
         ("bits/element", f"{cache['bits_per_element']:.2f}, everything counted"),
     ]
+    if found := cache["retrieval"]:
+        rows += [
+            ("each token reads", f"{found['most_read']:.1%} per head at most, by {found['retriever']}"),
+            ("found by", f"{found['index']} ({human_bytes(found['index_bytes'])})"),
+            ("on the device", human_bytes(found["device_bytes"])),
+        ]
     return [table(("KV cache", f"{cache['layers']} layers"), rows)]

@@ -25,6 +25,9 @@ class Reporter:
     def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
         """Take note of the state of a stage."""
 
+    def say(self, text: str) -> None:
+        """Tell of something that is finished, while the rest goes on."""
+
     def __enter__(self) -> Reporter:
         return self
 
@@ -44,6 +47,10 @@ class Lines(Reporter):
         self.console, self.clock = console, clock
         self.started: dict[str, float] = {}
         self.printed: dict[str, float] = {}
+
+    def say(self, text: str) -> None:
+        """Print it."""
+        self.console.print(text)
 
     def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
         """Print the first and the last state of a stage, and one every `LINE_SECONDS`."""
@@ -66,6 +73,10 @@ class Bars(Reporter):
         self.console = console
         self.bars: RichProgress | None = None
         self.tasks: dict[str, TaskID] = {}
+
+    def say(self, text: str) -> None:
+        """Print it above the bars."""
+        self.console.print(text)
 
     def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
         """Move the bar of a stage."""

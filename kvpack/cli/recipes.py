@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -11,20 +11,25 @@ import typer
 from kvpack.cli.console import table
 from kvpack.cli.options import AllowDownload, Overrides, RecipeReference
 from kvpack.cli.run import Result, Session
+from kvpack.core.errors import RecipeError
+from kvpack.recipe.fitting import needs_data
 from kvpack.recipe.load import load, variants
-from kvpack.recipe.locate import bundled
-from kvpack.recipe.recipe import LoadedRecipe, Recipe
+from kvpack.recipe.locate import bundled, split_variant
+from kvpack.recipe.recipe import LoadedRecipe
+from kvpack.recipe.reference_shape import REFERENCE_SHAPE
+from kvpack.report import ReferenceBits, reference_bits
 
 
 def recipes_list(session: Session) -> Result:
-    """List the bundled recipes and their variants."""
+    """List the bundled recipes: paper, fidelity, stored bits."""
     rows = [_row(name) for name in bundled() if not name.startswith("fragments/")]
-    columns = ("name", "variants", "fidelity", "needs data", "summary")
-    shown = [
-        (r["name"], " ".join(r["variants"]), r["fidelity"], "yes" if r["needs_data"] else "no", r["summary"])
-        for r in rows
-    ]
-    return Result({"recipes": rows}, (table(columns, shown),))
+    notes = (
+        "",
+        "Stored bits per element, everything counted, at this shape:",
+        f"{REFERENCE_SHAPE}.",
+        "Variants, and why a recipe is refused at this shape: kvpack recipes show NAME --bits",
+    )
+    return Result({"shape": REFERENCE_SHAPE, "recipes": rows}, (*_listed(rows), *notes))
 
 
 def recipes_show(
@@ -36,11 +41,23 @@ def recipes_show(
     explain: Annotated[
         bool, typer.Option("--explain", help="List every value with the file and line that set it.")
     ] = False,
+    bits: Annotated[
+        bool, typer.Option("--bits", help="List what the recipe and each of its variants store, in bits.")
+    ] = False,
     overrides: Overrides = None,
 ) -> Result:
     """Print a recipe, as its file has it unless an option asks for more."""
     loaded = load(reference, overrides or ())
-    data = {**_summary(loaded), "resolved": loaded.resolved, "origins": loaded.origins}
+    counted = list(_bits_rows(reference, overrides or ()))
+    data = {
+        **_summary(loaded),
+        "resolved": loaded.resolved,
+        "origins": loaded.origins,
+        "shape": REFERENCE_SHAPE,
+        "bits": counted,
+    }
+    if bits:
+        return Result(data, tuple(_bits_lines(counted)))
     if explain:
         rows = [(path, value, loaded.origins[path]) for path, value in _leaves(loaded.resolved)]
         return Result(data, (table(("key", "value", "from"), rows),))
@@ -79,15 +96,6 @@ def recipes_schema(session: Session) -> Result:
     return Result(schema, (json.dumps(schema, indent=2),))
 
 
-def needs_data(recipe: Recipe) -> bool:
-    """Whether a recipe asks for statistics, and so for calibration text."""
-    parts: list[Any] = [rule.solver for rule in recipe.weights]
-    if cache := recipe.kv_cache:
-        parts += [*cache.key.transforms, *cache.value.transforms, cache.policy]
-        parts += [codec for tier in cache.tiers.values() for codec in (tier.key, tier.value)]
-    return any(part is not None and part.requires() for part in parts)
-
-
 def _row(name: str) -> dict[str, Any]:
     loaded = load(name)
     recipe = loaded.recipe
@@ -100,7 +108,52 @@ def _row(name: str) -> dict[str, Any]:
         "weights": bool(recipe.weights),
         "kv_cache": recipe.kv_cache is not None,
         "needs_data": needs_data(recipe),
+        **_bits_data(reference_bits(loaded)),
     }
+
+
+def _listed(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Two lines per recipe, so that summaries stay readable beside the numbers."""
+    cells = [("name", "paper", "fidelity", "needs data", "KV bits", "weight bits")]
+    for row in rows:
+        needs = "yes" if row["needs_data"] else "no"
+        shown = _bits_text(row["kv_bits"]), _bits_text(row["weight_bits"])
+        cells.append((row["name"], row["paper"] or "-", row["fidelity"] or "-", needs, *shown))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line, summary in zip(cells, ["", *(row["summary"] for row in rows)], strict=True):
+        texts = (text.ljust(width) for text, width in zip(line[:4], widths[:4], strict=True))
+        numbers = (text.rjust(width) for text, width in zip(line[4:], widths[4:], strict=True))
+        yield "  ".join((*texts, *numbers))
+        if summary:
+            yield f"    {summary}"
+
+
+def _bits_rows(reference: str, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """A recipe and its variants under the same overrides."""
+    name = split_variant(reference)[0]
+    for variant in (None, *variants(name)):
+        label = name if variant is None else f"{name}@{variant}"
+        try:
+            counted = reference_bits(load(label, overrides))
+        except RecipeError as error:
+            counted = ReferenceBits(refused=error.message)
+        yield {"recipe": label, "variant": variant, **_bits_data(counted)}
+
+
+def _bits_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
+    numbers = ("KV bits", "weight bits")
+    shown = [(r["recipe"], _bits_text(r["kv_bits"]), _bits_text(r["weight_bits"])) for r in rows]
+    yield table(("recipe", *numbers), shown, right=numbers)
+    yield f"\nStored bits per element, everything counted, at this shape:\n{REFERENCE_SHAPE}."
+    yield from (f"{row['recipe']} is refused there: {row['refused']}" for row in rows if row["refused"])
+
+
+def _bits_data(counted: ReferenceBits) -> dict[str, Any]:
+    return {"kv_bits": counted.kv, "weight_bits": counted.weights, "refused": counted.refused}
+
+
+def _bits_text(bits: float | None) -> str:
+    return "-" if bits is None else f"{bits:.2f}"
 
 
 def _summary(loaded: LoadedRecipe) -> dict[str, Any]:

@@ -1,14 +1,33 @@
-"""Parts told how much calibration text there is, wherever they stand in a scheme."""
+"""Parts and calibration text, wherever parts stand in a scheme: who needs it, and how much there is."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from kvpack.core.roles import Part
+from kvpack.recipe.recipe import Recipe
 
 Scheme = TypeVar("Scheme")
+
+
+def needs_data(recipe: Recipe) -> bool:
+    """Whether any part of a recipe asks for statistics, and so for calibration text."""
+    return any(part.requires() for part in _parts((recipe.weights, recipe.kv_cache)))
+
+
+def _parts(value: Any) -> Iterator[Part]:
+    """Every part of a scheme; those inside of parts are spoken for by their holder."""
+    if isinstance(value, Part):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _parts(tuple(value.values()))
+    elif isinstance(value, tuple):
+        for held in value:
+            yield from _parts(held)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from _parts(tuple(getattr(value, f.name) for f in dataclasses.fields(value)))
 
 
 def for_rows(scheme: Scheme, rows: int) -> Scheme:

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
+from yaml.composer import Composer
+from yaml.resolver import BaseResolver
 
 from kvpack.core.errors import RecipeError
 
@@ -95,8 +98,7 @@ def parse(text: str, file: str) -> Node:
     if len(text.encode()) > MAX_BYTES:
         raise RecipeError(f"larger than {MAX_BYTES // 1024} KiB", where=file, why="recipes are short texts")
     try:
-        _check_events(text, file)
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = _Composer(_checked_events(text, file)).get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = str(_position(mark, file)) if mark else file
@@ -112,10 +114,12 @@ def _position(mark: Any, file: str) -> Position:
     return Position(file, mark.line + 1, mark.column + 1)
 
 
-def _check_events(text: str, file: str) -> None:
+def _checked_events(text: str, file: str) -> list[yaml.Event]:
     """Refuse tags, deep nesting and second documents before the recursive composer sees them."""
     depth = documents = 0
+    events = []
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        events.append(event)
         where = str(_position(event.start_mark, file))
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
@@ -128,6 +132,25 @@ def _check_events(text: str, file: str) -> None:
             raise RecipeError("a second document starts here", where=where, why="a recipe is one document")
         if tag := getattr(event, "tag", None):
             raise RecipeError(f"tag {tag!r}", where=where, why="recipes hold plain data only")
+    return events
+
+
+class _Composer(Composer, BaseResolver):
+    """Composes events that were parsed before: parsing is what takes the time, so it is done once."""
+
+    def __init__(self, events: list[yaml.Event]) -> None:
+        Composer.__init__(self)
+        BaseResolver.__init__(self)
+        self.events = deque(events)
+
+    def check_event(self, *kinds: type[yaml.Event]) -> bool:
+        return bool(self.events) and isinstance(self.events[0], kinds)
+
+    def peek_event(self) -> yaml.Event | None:
+        return self.events[0] if self.events else None
+
+    def get_event(self) -> yaml.Event:
+        return self.events.popleft()
 
 
 class _Converter:

@@ -93,3 +93,14 @@ def tiny_artifact(tiny_source: str, tmp_path_factory: pytest.TempPathFactory) ->
     path = tmp_path_factory.mktemp("cli") / "artifact"
     pipeline.export(pipeline.make_plan(tiny_source, "kivi", ["kv_cache.policy.recent_tokens=32"]), path)
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random model with the vocabulary of the recall task."""
+    from tests.evaluate.test_recall import word_tokenizer
+    from tests.tiny_models import make_model
+
+    path = make_model(tmp_path_factory.mktemp("recall") / "source", vocab_size=len(word_tokenizer()))
+    word_tokenizer().save_pretrained(path)
+    return str(path)

@@ -69,7 +69,7 @@ def test_artifact(call_kvpack: Kvpack, manifest_folder: str) -> None:
     data = call_kvpack("inspect", manifest_folder, "--json").json["data"]
     assert data["type"] == "artifact"
     assert data["recipe"]["variant"] == "4bit"
-    assert data["kv"]["key"]["codec"]["bits"] == 4
+    assert data["kv"]["key"]["codecs"][0]["bits"] == 4
     assert [t["kind"] for t in data["kv"]["key"]["transforms"]] == ["unrope", "hadamard", "channel_reorder"]
     (packed,) = data["weights"]
     assert packed["tensors"] == 42

@@ -6,10 +6,16 @@ import json
 from pathlib import Path
 
 import jsonschema
+import pytest
 import yaml
 
-from kvpack.recipe.load import load
+from kvpack.calibrate.identity import needs_calibration
+from kvpack.recipe.fitting import needs_data
+from kvpack.recipe.load import load, variants
 from kvpack.recipe.locate import bundled
+from kvpack.recipe.reference_shape import reference_model
+from kvpack.recipe.resolve import resolve
+from kvpack.report import reference_bits
 from tests.cli.conftest import Kvpack
 
 
@@ -17,10 +23,55 @@ def test_list_names_every_bundled_recipe(run_kvpack: Kvpack) -> None:
     rows = {row["name"]: row for row in run_kvpack("recipes", "list", "--json").json["data"]["recipes"]}
     assert rows.keys() == {name for name in bundled() if "/" not in name}
     assert rows["rotatekv-w4"]["needs_data"]
+    assert rows["a2ats"]["needs_data"]
     assert not rows["kivi"]["needs_data"]
+    assert rows["kivi"]["paper"] == "2402.02750"
     assert rows["w4"]["weights"]
     assert not rows["w4"]["kv_cache"]
     assert "4bit" in rows["kivi"]["variants"]
+
+
+def test_list_counts_every_stored_bit(run_kvpack: Kvpack) -> None:
+    rows = {row["name"]: row for row in run_kvpack("recipes", "list", "--json").json["data"]["recipes"]}
+    # Groups of 32 share two 16-bit numbers, the newest 128 of 4096 values are exact, positions are int32.
+    exact = 128 / 4096 * (16 - 3) / 2
+    positions = 32 / (32 * 2 * 8 * 128)
+    assert rows["kivi"]["kv_bits"] == pytest.approx(2 + 32 / 32 + exact + positions)
+    assert rows["kivi"]["weight_bits"] is None
+    # Three layers of 32 at 4 bits, the others at 3; groups of 128; one plane, as wide as both.
+    assert rows["xquant-cl"]["kv_bits"] == pytest.approx((3 * 4 + 29 * 3) / 32 + 32 / 128 + positions)
+    assert rows["w4"]["weight_bits"] == pytest.approx(4 + 24 / 128)
+    assert rows["w4"]["kv_bits"] is None
+    refused = rows["xquant-cl-rotated"]
+    assert refused["kv_bits"] is None
+    assert "before its norm" in refused["refused"]
+    assert all((row["kv_bits"] or row["refused"]) for row in rows.values() if row["kv_cache"])
+
+
+def test_list_fits_into_100_columns(run_kvpack: Kvpack) -> None:
+    lines = run_kvpack("recipes", "list").out.splitlines()
+    assert max(map(len, lines)) <= 100
+    kivi = next(line for line in lines if line.startswith("kivi "))
+    assert kivi.split() == ["kivi", "2402.02750", "faithful", "no", "3.20", "-"]
+
+
+def test_show_gives_the_bits_of_every_variant(run_kvpack: Kvpack) -> None:
+    changed = ("--bits", "--set", "kv_cache.policy.recent_tokens=0")
+    shown = run_kvpack("recipes", "show", "kivi@4bit", *changed, "--json").json["data"]["bits"]
+    assert [row["recipe"] for row in shown][:2] == ["kivi", "kivi@4bit"]
+    assert len(shown) == 1 + len(variants("kivi"))
+    assert shown[1]["kv_bits"] - shown[0]["kv_bits"] == pytest.approx(2)
+    text = run_kvpack("recipes", "show", "xquant-cl", "--bits").out
+    assert "xquant-cl@residual is refused there: xquant-cl.yaml" in text
+
+
+@pytest.mark.parametrize("name", [name for name in bundled() if "/" not in name])
+def test_a_recipe_needs_data_when_its_plan_does(name: str) -> None:
+    for reference in (name, *(f"{name}@{variant}" for variant in variants(name))):
+        loaded = load(reference)
+        if reference_bits(loaded).refused is None:
+            plan = resolve(loaded, reference_model())
+            assert needs_data(loaded.recipe) == needs_calibration(plan), reference
 
 
 def test_show_prints_the_file_itself(run_kvpack: Kvpack) -> None:

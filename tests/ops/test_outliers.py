@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvpack.ops import outliers
+from kvpack.ops import outlier_counts, outliers
 from tests.contracts.discovery import random
 
 
@@ -24,14 +24,14 @@ from tests.contracts.discovery import random
     ],
 )
 def test_counts(keep: float, length: int, expected: tuple[int, int]) -> None:
-    assert outliers.sides(keep, length) == expected
+    assert outlier_counts.sides(keep, length) == expected
 
 
 @pytest.mark.parametrize(
     ("length", "dtype"), [(256, "uint8"), (257, "int16"), (32768, "int16"), (32769, "int32")]
 )
 def test_places_are_as_narrow_as_the_length_allows(length: int, dtype: str) -> None:
-    assert outliers.index_dtype(length) == dtype
+    assert outlier_counts.index_dtype(length) == dtype
     assert torch.tensor(length - 1).to(getattr(torch, dtype)).long() == length - 1
 
 

@@ -108,11 +108,11 @@ class TopOutliers(Codec):
         """Outliers, their places, and the payload of `codec`."""
         *outer, tokens, channels = shape
         length = channels if self.axis == "channel" else tokens
-        count = sum(ops.outliers.sides(self.keep, length))
+        count = sum(ops.outlier_counts.sides(self.keep, length))
         kept = (*outer, tokens, count) if self.axis == "channel" else (*outer, count, channels)
         return {
             "outliers": TensorSpec(kept, self.dtype),
-            "places": TensorSpec(kept, ops.outliers.index_dtype(length)),
+            "places": TensorSpec(kept, ops.outlier_counts.index_dtype(length)),
             **prefixed("codec", self.codec.spec(shape, dtype)),
         }
 
@@ -126,7 +126,7 @@ class TopOutliers(Codec):
         limit = torch.finfo(getattr(torch, self.dtype)).max
         outliers = rest.gather(dim, places).clamp(-limit, limit).to(getattr(torch, self.dtype))
         rest = ops.outliers.replaced(rest, places, dim, self.fill, counted)
-        index = getattr(torch, ops.outliers.index_dtype(x.shape[dim]))
+        index = getattr(torch, ops.outlier_counts.index_dtype(x.shape[dim]))
         inner = self.codec.encode(rest, inside("codec", state), valid)
         own = {"outliers": outliers, "places": places.to(index)}
         return Payload({**own, **prefixed("codec", inner.tensors)}, tuple(x.shape))
@@ -143,7 +143,7 @@ class TopOutliers(Codec):
         return -1 if self.axis == "channel" else -2
 
     def _places(self, x: Tensor, state: State, counted: Tensor | None) -> Tensor:
-        smallest, largest = ops.outliers.sides(self.keep, x.shape[self._dim])
+        smallest, largest = ops.outlier_counts.sides(self.keep, x.shape[self._dim])
         if self.select == "rank":
             return ops.outliers.both_ends(x, smallest, largest, self._dim, counted)
         lower, upper = (ops.rows.per_channel(state[n], x).float() for n in ("lower", "upper"))
