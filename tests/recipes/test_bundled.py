@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvpack.core.errors import RecipeError
 from kvpack.recipe.load import variants
 from kvpack.recipe.locate import bundled
 from tests.recipes.checks import check_everything, same_bits
@@ -22,6 +23,15 @@ def test_recipes_are_found() -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_from_plan_to_generation(recipe: str, family: str, make: Make, prompt: torch.Tensor) -> None:
     check_everything(make(recipe, family), prompt)
+
+
+@pytest.mark.parametrize("recipe", NAMES)
+def test_recipe_on_alternating_windows_and_gemma_norms(recipe: str, make: Make, prompt: torch.Tensor) -> None:
+    if recipe.startswith("xquant-cl"):
+        with pytest.raises(RecipeError, match="sliding window"):
+            make(recipe, "gemma3_text")
+    else:
+        check_everything(make(recipe, "gemma3_text"), prompt)
 
 
 @pytest.mark.parametrize("recipe", NAMES)
