@@ -58,7 +58,7 @@ class RetrievalTally:
 
         for layer in () if cache is None else cache.layers:
             if isinstance(layer, RetrievalLayer):
-                layer.attend = self._observed(layer, layer.attend)  # type: ignore[method-assign]
+                layer.attend = self._observed(layer, layer.attend)  # type: ignore[method-assign]  # on this one cache
 
     def scores(self) -> RetrievalScores | None:
         """The means so far; None where no query had a choice."""

@@ -123,6 +123,6 @@ def _function(inner: str, module: nn.Module) -> Callable[..., Any]:
                 f"the module of {type(module).__name__} has no eager_attention_forward",
                 hint="load the model with attn_implementation='sdpa'",
             )
-        return own  # type: ignore[no-any-return]
+        return own  # type: ignore[no-any-return]  # looked up by name
     shared: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[inner]
     return shared

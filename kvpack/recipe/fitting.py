@@ -40,7 +40,7 @@ def for_rows(scheme: Scheme, rows: int) -> Scheme:
     Raises:
         RecipeError: a part needs more text.
     """
-    return _told(scheme, rows)  # type: ignore[no-any-return]
+    return _told(scheme, rows)  # type: ignore[no-any-return]  # of the type it was given
 
 
 def _told(value: Any, rows: int) -> Any:

@@ -135,6 +135,7 @@ class KVPackCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
+        self.reconstruction.clear()
         self.track.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
