@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvpack.calibrate.store import Calibration
+from kvpack.core import weight_code
 from kvpack.core.errors import KvpackError
 from kvpack.core.model_spec import Projection
 from kvpack.core.pieces import row_pieces
 from kvpack.core.roles import Codec, Part
-from kvpack.core.types import Payload, State
+from kvpack.core.types import Solution, State
 from kvpack.models.fold import fold, fold_names
 from kvpack.models.weights import SourceReader
 from kvpack.recipe.inputs_plan import basis_name
@@ -42,16 +43,16 @@ class Packing:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors of the artifact, named as in `Plan.artifact_tensors`, in its order."""
         payload_of = {f"{n}.{part}": (n, part) for n, w in self.plan.weights.items() for part in w.tensors}
-        payload: Payload | None = None
+        packed: Mapping[str, Tensor] = {}
         current = ""
         for name in self.plan.artifact_tensors():
             if name not in payload_of:
                 yield name, self.source(name)
                 continue
             linear, part = payload_of[name]
-            if linear != current or payload is None:
-                payload, current = self.pack(self.plan.weights[linear]), linear
-            yield name, payload.tensors[part]
+            if linear != current:
+                packed, current = self.pack(self.plan.weights[linear]).tensors, linear
+            yield name, packed[part]
 
     def source(self, name: str) -> Tensor:
         """A tensor of the source in its stored dtype, folded where the plan folds it."""
@@ -108,7 +109,8 @@ class Packing:
         if packed is None:
             matrix = self.source(f"{projection.linear}.weight")
         else:
-            matrix = packed.codec.decode(self.pack(packed), {}, torch.float32)
+            found = self.pack(packed)
+            matrix = packed.codec.decode(found.payload, found.state, torch.float32)
         return torch.cat([matrix[start:stop] for start, stop in projection.heads])
 
     def _states(self, layer: KVLayerPlan, chain: str, parts: Sequence[Part]) -> tuple[State, ...]:
@@ -124,25 +126,27 @@ class Packing:
             for i, part in enumerate(parts)
         )
 
-    def pack(self, weight: WeightPlan) -> Payload:
+    def pack(self, weight: WeightPlan) -> Solution:
         """Encode one linear layer: with the calibrated codes, or by its solver from the weight alone."""
         matrix = self.source(weight.linear.weight)
-        payload = self.calibration.payload(weight.linear.name) if self.calibration else None
-        if payload is None:
-            payload = weight.solver.solve(matrix, weight.codec, {})
-        _check(weight, payload)
-        self.relative_errors[weight.linear.name] = relative_error(matrix, weight.codec, payload)
-        return payload
+        stored = self.calibration.solved(weight.linear.name) if self.calibration else None
+        if stored is None:
+            found = weight.solver.solve(matrix, weight.codec, {})
+        else:
+            found = weight_code.solution(weight.codec, stored, weight.linear.shape)
+        _check(weight, found.tensors)
+        self.relative_errors[weight.linear.name] = relative_error(matrix, weight.codec, found)
+        return found
 
 
-def relative_error(matrix: Tensor, codec: Codec, payload: Payload) -> float:
+def relative_error(matrix: Tensor, codec: Codec, found: Solution) -> float:
     """``|W - W_hat| / |W|`` in the Frobenius norm, to six digits; 0 for a zero matrix."""
     import torch
 
     lost = whole = 0.0
     for start, stop in row_pieces(matrix.shape[0], matrix.shape[1], codec.token_block):
         exact = matrix[start:stop].double()
-        decoded = codec.decode(payload.rows(start, stop), {}, torch.float32)
+        decoded = codec.decode(found.payload.rows(start, stop), found.state, torch.float32)
         lost += float((exact - decoded).square().sum())
         whole += float(exact.square().sum())
     return float(f"{math.sqrt(lost / whole):.6g}") if whole else 0.0
@@ -157,10 +161,10 @@ def _fold_targets(plan: Plan) -> Mapping[str, KVLayerPlan]:
     return targets
 
 
-def _check(weight: WeightPlan, payload: Payload) -> None:
-    """A payload that differs from its plan would make every byte count a lie."""
+def _check(weight: WeightPlan, tensors: Mapping[str, Tensor]) -> None:
+    """Tensors that differ from their plan would make every byte count a lie."""
     for name, spec in weight.tensors.items():
-        tensor = payload.tensors.get(name)
+        tensor = tensors.get(name)
         found = None if tensor is None else (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
         if found != (spec.shape, spec.dtype):
             raise KvpackError(

@@ -113,7 +113,8 @@ def _decode(artifact: Artifact, progress: Progress) -> str:
     weights = artifact.manifest.weights
     for done, (name, linear) in enumerate(weights.items()):
         progress("decode", done, len(weights), name)
-        decoded = linear.codec.decode(artifact.payload(name), {}, torch.float32)
+        found = artifact.solution(name)
+        decoded = linear.codec.decode(found.payload, found.state, torch.float32)
         if not bool(decoded.isfinite().all()):
             raise _Failed("decodes to NaN or Inf", where=name, hint="export it again")
     worst = max(weights, key=lambda n: weights[n].relative_error or 0.0, default=None)
@@ -165,7 +166,7 @@ def _differences(artifact: Artifact, plan: Plan, progress: Progress) -> Iterator
                 yield name, "differs from the source"
             continue
         weight = plan.weights[name]
-        error = relative_error(packing.source(weight.linear.weight), weight.codec, artifact.payload(name))
+        error = relative_error(packing.source(weight.linear.weight), weight.codec, artifact.solution(name))
         recorded = artifact.manifest.weights[name].relative_error
         if recorded is None or not math.isclose(error, recorded, abs_tol=ERROR_TOLERANCE):
             yield name, f"has relative error {error:.5f}, recorded is {recorded}"

@@ -113,4 +113,6 @@ def _packed(
         bits=getattr(weight.codec, "bits", None),
         layer=linear.layer,
         relative_error=relative_errors.get(name),
+        inputs=weight.inputs,
+        online=weight.online,
     )

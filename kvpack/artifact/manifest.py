@@ -12,9 +12,10 @@ from typing import Any
 from kvpack.artifact.canonical import table_json
 from kvpack.artifact.layout import MANIFEST_FILE as MANIFEST_FILE
 from kvpack.core.errors import ArtifactError, RecipeError, RecipeErrors
-from kvpack.core.roles import Codec, Solver
+from kvpack.core.roles import Codec, Solver, Transform
 from kvpack.core.strict_json import parse_json
 from kvpack.core.types import ITEM_BYTES, TensorSpec
+from kvpack.core.weight_code import stored_spec
 from kvpack.recipe.build import build, hints, to_mapping
 from kvpack.recipe.plan import DroppedTensor, KVLayerPlan
 from kvpack.recipe.yaml_lines import Node, Position
@@ -84,8 +85,9 @@ class RecipeRecord:
 class PackedLinear:
     """A packed weight of logical `shape` (R, C) and source `dtype`.
 
-    Its tensors are stored as ``<linear>.<name>``. `bits` is the width of a code where the codec
-    has one; `relative_error` is ``|W - W_hat| / |W|`` (Frobenius), None when it was not measured.
+    Its tensors are stored as ``<linear>.<name>``. `inputs` is a codec for what the layer is given,
+    `online` are transforms that run on it before. `bits` is the width of a code where the codec has
+    one; `relative_error` is ``|W - W_hat| / |W|`` (Frobenius), None when it was not measured.
     """
 
     role: str
@@ -98,10 +100,17 @@ class PackedLinear:
     bits: int | None = None
     layer: int | None = None
     relative_error: float | None = None
+    inputs: Codec | None = None
+    online: tuple[Transform, ...] = ()
 
     def __post_init__(self) -> None:
         if any(not 0 < n < 2**31 for n in self.shape):
             raise ValueError("impossible shape")
+
+    @property
+    def coded(self) -> tuple[str, ...]:
+        """Names of the tensors that are the weight: all but those of `online`."""
+        return tuple(stored_spec(self.codec, self.shape, self.dtype))
 
     @property
     def nbytes(self) -> int:

@@ -10,6 +10,7 @@ from kvpack.core.errors import ArtifactError, KvpackError
 from kvpack.core.model_spec import AttentionSpec
 from kvpack.core.roles import Plane
 from kvpack.core.types import Shape, TensorSpec
+from kvpack.core.weight_code import online_spec, stored_spec
 from kvpack.recipe.inputs_plan import InputsPlan
 from kvpack.recipe.plan import KVLayerPlan, PlanePlan
 
@@ -53,11 +54,15 @@ class _Place:
 
 
 def _check_linear(linear: PackedLinear) -> None:
-    specs = linear.codec.spec(linear.shape, linear.dtype)
+    specs = stored_spec(linear.codec, linear.shape, linear.dtype) | online_spec(
+        linear.online, linear.shape[1]
+    )
     if specs.keys() != linear.tensors.keys() or any(
         not linear.tensors[n].matches(s) for n, s in specs.items()
     ):
         raise ValueError("its tensors are not those of its codec")
+    if linear.inputs is not None and (linear.inputs.token_block > 1 or linear.inputs.requires()):
+        raise ValueError("inputs: cannot approximate every token on its own")
 
 
 def _states(layer: KVLayerPlan) -> dict[str, TensorSpec]:

@@ -22,12 +22,13 @@ from kvpack.artifact.layout import (
 from kvpack.artifact.manifest import Manifest, TensorRecord
 from kvpack.artifact.part_checks import check_parts
 from kvpack.artifact.paths import member, visible_files
+from kvpack.core import weight_code
 from kvpack.core.errors import ArtifactError
 from kvpack.core.progress import SILENT, Progress
 from kvpack.core.safetensors_header import TensorEntry, read_header
 from kvpack.core.strict_json import parse_json
 from kvpack.core.tensor_io import read_tensor
-from kvpack.core.types import Payload
+from kvpack.core.types import Solution
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,16 +94,17 @@ class Artifact:
         file, entry = self.places[name]
         return read_tensor(self.path / file, entry)
 
-    def payload(self, linear: str) -> Payload:
-        """Read the payload of a packed linear layer.
+    def solution(self, linear: str) -> Solution:
+        """Read a packed layer.
 
         Raises:
-            ArtifactError: that layer is not packed.
+            ArtifactError: there is no such layer.
         """
         packed = self.manifest.weights.get(linear)
         if packed is None:
             raise ArtifactError(f"has no packed layer {linear!r}", where=str(self.path))
-        return Payload({part: self.read(f"{linear}.{part}") for part in packed.tensors}, packed.shape)
+        tensors = {part: self.read(f"{linear}.{part}") for part in packed.coded}
+        return weight_code.solution(packed.codec, tensors, packed.shape)
 
     def kv_state(self) -> dict[str, Tensor]:
         """Read the state of all KV transforms, by `kvpack.recipe.plan.state_name`."""

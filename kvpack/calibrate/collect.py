@@ -52,9 +52,13 @@ class InputStats:
 
     def of(self, linear: str) -> dict[str, State]:
         """Finished statistics of a layer's input, by kind; empty when it wants none or never ran."""
-        leader = self._leader.get(linear, "")
-        kinds = sorted(s.kind for s in self.wanted.get(linear, ()))
+        leader = self.leader(linear)
+        kinds = sorted(s.kind for s in self.wanted.get(linear, ()) if s.of == "input")
         return {k: self._found[leader, k].state() for k in kinds if (leader, k) in self._found}
+
+    def leader(self, linear: str) -> str:
+        """The first of the layers that are given the same tensor; empty when this one never ran."""
+        return self._leader.get(linear, "")
 
     def _see(self, name: str, args: tuple[Any, ...]) -> None:
         x: Tensor = args[0]
@@ -63,7 +67,7 @@ class InputStats:
             leader = name
             self._inputs.append((x, name))
         self._leader[name] = leader
-        for stat in self.wanted[name]:
+        for stat in (s for s in self.wanted[name] if s.of == "input"):
             key = (leader, stat.kind)
             if key not in self._updated:
                 self._updated.add(key)

@@ -31,7 +31,10 @@ def identity(plan: Plan, hashes: Mapping[str, str]) -> Identity:
         hashes: sha256 of the model's weight files.
     """
     recipe = plan.recipe.recipe.calibration
-    weights = {name: [to_mapping(w.codec), to_mapping(w.solver)] for name, w in sorted(plan.weights.items())}
+    weights = {
+        name: [to_mapping(w.codec), to_mapping(w.solver), to_mapping(w.inputs), to_mapping(w.online)]
+        for name, w in sorted(plan.weights.items())
+    }
     kv = [
         [
             x.attention.layer,

@@ -8,6 +8,7 @@ block sees inputs that already carry the errors of the packed blocks before it, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from kvpack.calibrate.store import Calibration, CalibrationWriter
 from kvpack.core.errors import KvpackError, SourceError, UsageError
 from kvpack.core.progress import SILENT, Progress
 from kvpack.core.types import Rope, Site, State, Stream
+from kvpack.core.weight_code import prepare_input
 from kvpack.models.attention_interface import observe
 from kvpack.models.fold import fold, fold_names
 from kvpack.models.rope import rope_of
@@ -109,6 +111,7 @@ class Sweep:
         self.batch = plan.recipe.recipe.calibration.batch
         self.recordings: dict[int, Recording] = {}
         self.kv = {x.attention.layer: x for x in plan.kv}
+        self._sources: dict[str, Tensor] = {}
 
     def all_blocks(self) -> None:
         """Calibrate every block, then what stands behind them."""
@@ -220,12 +223,31 @@ class Sweep:
         watched = queries if any(chain.wants("query") for chain in chains.values()) else None
         for part in self._batches():
             hidden = self.hidden[part].float()
-            with inputs.attached(modules):
+            with self._prepared(layer, quantised=keep), inputs.attached(modules):
                 result = run_block(self.view, layer, hidden, self.recordings[len(hidden)], seen, watched)
             if keep:
                 self._keep(part, result, layer)
         for chain in chains.values():
             chain.close()
+
+    @contextmanager
+    def _prepared(self, layer: int, *, quantised: bool) -> Iterator[None]:
+        """Give layers their input as the artifact does: approximated, where it is, once they are packed."""
+        handles = []
+        for name, weight in self._weights(layer).items() if quantised else ():
+
+            def prepare(
+                module: torch.nn.Module, args: tuple[Tensor, ...], weight: WeightPlan = weight
+            ) -> tuple[Tensor, ...]:
+                return (prepare_input(args[0], (), (), weight.inputs), *args[1:])
+
+            if weight.inputs is not None:
+                handles.append(self.view.module(name).register_forward_pre_hook(prepare))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _keep(self, part: slice, result: Tensor, layer: int) -> None:
         if not bool(torch.isfinite(result).all()):
@@ -250,15 +272,25 @@ class Sweep:
 
     def _solve(self, weights: Mapping[str, WeightPlan], inputs: InputStats) -> None:
         """Replace every packed weight by its approximation; keep the codes that needed data."""
+        self._sources = {n: self.view.module(n).get_parameter("weight").float() for n in weights}
         for name, weight in weights.items():
-            stats = inputs.of(name)
+            stats = self._stats_of(name, inputs, weights)
             if inputs.wanted.get(name) and not stats:
                 raise KvpackError(f"{name} was never used by its block", hint="keep it out of the recipe")
-            matrix: Tensor = self.view.module(name).get_parameter("weight").float()
-            solved = solve(weight, matrix, stats, self.view.dtype)
+            solved = solve(weight, self._sources[name], stats, self.view.dtype)
             if weight.solver.requires():
                 self.writer.add_payload(name, solved)
             self.view.fill({f"{name}.weight": solved.approximation})
+        self._sources = {}
+
+    def _stats_of(self, name: str, inputs: InputStats, weights: Mapping[str, WeightPlan]) -> dict[str, State]:
+        """Statistics of a layer's input, and the weights of all layers that are given the same."""
+        stats = inputs.of(name)
+        if stats and any(stat.of == "consumers" for stat in weights[name].solver.requires()):
+            together = [other for other in weights if inputs.leader(other) == inputs.leader(name)]
+            rows = [self._sources[other] for other in together]
+            stats["consumers.weight"] = {"weight": torch.cat(rows)}
+        return stats
 
     def _head(self, outside: Mapping[str, WeightPlan]) -> None:
         """Linear layers behind the last block, usually the head."""

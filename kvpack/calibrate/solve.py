@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvpack.core.types import Payload, Stats
+from kvpack.core.types import Solution, Stats
 from kvpack.recipe.plan import WeightPlan
 
 if TYPE_CHECKING:
@@ -22,21 +22,21 @@ class Solved:
     Gram matrix was measured.
     """
 
-    payload: Payload
+    solution: Solution
     approximation: Tensor
     output_error: float | None
 
 
 def solve(weight: WeightPlan, matrix: Tensor, stats: Stats, dtype: torch.dtype) -> Solved:
     """Encode `matrix` [R, C] float32 and decode it again, in the model's `dtype`."""
-    payload = weight.solver.solve(matrix, weight.codec, stats)
-    approximation = weight.codec.decode(payload, {}, dtype)
+    solution = weight.solver.solve(matrix, weight.codec, stats)
+    approximation = weight.codec.decode(solution.payload, solution.state, dtype)
     error = None
     if "gram" in stats:
         gram = stats["gram"]["gram"]
         whole = _energy(matrix, gram)
         error = (_energy(matrix - approximation.float(), gram) / whole) ** 0.5 if whole > 0 else 0.0
-    return Solved(payload, approximation, error)
+    return Solved(solution, approximation, error)
 
 
 def _energy(rows: Tensor, gram: Tensor) -> float:

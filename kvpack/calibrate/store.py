@@ -26,7 +26,7 @@ from kvpack.calibrate.identity import Identity, identity
 from kvpack.calibrate.solve import Solved
 from kvpack.core.atomic import new_folder
 from kvpack.core.errors import ArtifactError, CalibrationMismatch
-from kvpack.core.types import Payload, State
+from kvpack.core.types import State
 from kvpack.recipe.plan import Plan, state_name
 
 if TYPE_CHECKING:
@@ -72,10 +72,11 @@ class CalibrationWriter:
     def add_payload(self, linear: str, solved: Solved) -> None:
         """Keep the codes of a linear layer for the next file."""
         error = solved.output_error
-        self._pending.update({f"{linear}.{n}": t for n, t in solved.payload.tensors.items()})
+        tensors = solved.solution.tensors
+        self._pending.update({f"{linear}.{n}": t for n, t in tensors.items()})
         entry = {
-            "shape": list(solved.payload.shape),
-            "tensors": sorted(solved.payload.tensors),
+            "shape": list(solved.solution.payload.shape),
+            "tensors": sorted(tensors),
             "relative_output_error": None if error is None else float(f"{error:.6g}"),
         }
         self._linears[linear] = entry
@@ -186,8 +187,8 @@ class Calibration:
                 hint="run kvpack calibrate again, or leave --calibration out",
             )
 
-    def payload(self, linear: str) -> Payload | None:
-        """Solved codes of a linear layer; None when its solver needed no data.
+    def solved(self, linear: str) -> dict[str, Tensor] | None:
+        """Stored tensors of a linear layer; None when its solver needed no data.
 
         Raises:
             ArtifactError: the file is damaged.
@@ -199,7 +200,7 @@ class Calibration:
         missing = [n for n in entry["tensors"] if f"{linear}.{n}" not in tensors]
         if missing:
             raise ArtifactError(f"{linear}.{missing[0]} is missing", where=str(self.path / entry["file"]))
-        return Payload({n: tensors[f"{linear}.{n}"] for n in entry["tensors"]}, tuple(entry["shape"]))
+        return {n: tensors[f"{linear}.{n}"] for n in entry["tensors"]}
 
     def states(self, layer: int, plane: str) -> tuple[State, ...]:
         """States of the transforms of one plane, in order; stateless ones are empty.

@@ -93,7 +93,20 @@ class Payload:
         return 8 * self.nbytes / math.prod(self.shape)
 
 
-Stream = Literal["input", "gradient", "query", "projection", "rope"]
+@dataclass(frozen=True)
+class Solution:
+    """A weight's codes, and what its codec had to learn for this one weight, such as a codebook."""
+
+    payload: Payload
+    state: State = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is stored, by name."""
+        return {**self.payload.tensors, **self.state}
+
+
+Stream = Literal["input", "gradient", "query", "projection", "rope", "consumers"]
 """What a statistic is measured on, see `Stat`."""
 
 
@@ -113,6 +126,8 @@ class Stat:
       "weight" [K*D, C] and, where there is one, "bias" [K*D]; "heads" is K.
     - "rope": with kind "partner", the channel that RoPE turns each channel with: "partner"
       int64 [D], a channel's own number where it is not turned.
+    - "consumers": with kind "weight", the weights of all linear layers that are given the same
+      tensor, one below the other: "weight" float32 [R, C].
     """
 
     kind: str

@@ -17,7 +17,7 @@ from kvpack.models.skeleton import decoder_blocks
 from kvpack.models.source import resolve
 from kvpack.models.tokenizer import open_tokenizer
 from kvpack.runtime.install import install
-from kvpack.runtime.linear import replace_linears
+from kvpack.runtime.linear import PackedWeight, replace_linears
 
 
 def load(
@@ -93,7 +93,7 @@ def prepare(model: Any, artifact: Artifact) -> None:
     replace_linears(
         model,
         {
-            name: (linear.codec, (linear.shape[0], linear.shape[1]), linear.tensors)
+            name: PackedWeight(linear.codec, linear.shape, linear.tensors, linear.inputs, linear.online)
             for name, linear in manifest.weights.items()
         },
     )

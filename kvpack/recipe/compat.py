@@ -8,7 +8,7 @@ from itertools import pairwise
 from kvpack.core.errors import RecipeError
 from kvpack.core.model_spec import AttentionSpec, ModelSpec
 from kvpack.core.registry import kind_of
-from kvpack.core.roles import Codec, Plane, Transform
+from kvpack.core.roles import Codec, Plane, Solver, Transform
 from kvpack.recipe.plan import PLANES, KVLayerPlan
 from kvpack.recipe.recipe import KVCacheRecipe
 
@@ -42,12 +42,12 @@ def check_rope(kv: KVCacheRecipe, model: ModelSpec) -> None:
         raise RecipeError("values carry no RoPE to undo", hint="remove the transform from kv_cache.value")
 
 
-def check_weight_codec(codec: Codec) -> None:
+def check_weight_codec(codec: Codec, solver: Solver) -> None:
     """Refuse codecs of caches for weights.
 
     Raises:
-        RecipeError: a codec whose rows can only be decoded all together, or one that learns from
-            calibration: solvers give it nothing to learn from.
+        RecipeError: a codec whose rows can only be decoded all together, or one that learns, beside a
+            solver that gives it nothing to learn from.
     """
     if codec.segment:
         raise RecipeError(
@@ -55,11 +55,27 @@ def check_weight_codec(codec: Codec) -> None:
             why="its segments can only be decoded as a whole, and weights are read row by row",
             hint="give groups along tokens (the rows) a size, or group along channels",
         )
-    if codec.requires():
+    if not solver.teaches and (codec.requires() or codec.state_spec((1, codec.token_block, 64))):
         raise RecipeError(
-            f"codec {kind_of(codec)!r} cannot pack weights",
-            why="it learns from the tokens of a cache",
+            f"codec {kind_of(codec)!r} cannot pack weights with solver {kind_of(solver)!r}",
+            why="the codec has to learn, and this solver does not teach it",
             hint="use a codec that learns nothing, such as affine",
+        )
+
+
+def check_input_codec(codec: Codec | None) -> None:
+    """Refuse codecs that cannot approximate each token of a layer's input on its own.
+
+    Raises:
+        RecipeError: the codec needs several tokens at once, or learns.
+    """
+    if codec is None:
+        return
+    if codec.token_block > 1 or codec.segment or codec.requires():
+        raise RecipeError(
+            f"codec {kind_of(codec)!r} as configured cannot approximate a layer's inputs",
+            why="they come token by token, and nothing is learned for them",
+            hint="use groups along channels: {kind: affine, bits: 8, group: {size: 0}, zero: none}",
         )
 
 

@@ -22,13 +22,20 @@ CHAINS: tuple[str, ...] = (*PLANES, "index")
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """A linear layer that is packed: by which parts, into which tensors."""
+    """A linear layer that is packed: by which parts, into which tensors.
+
+    `tensors` are the codec's payload and what it learns for this weight (`kvpack.core.weight_code`);
+    `inputs` approximates what the layer is given, token by token, None where that stays as it is.
+    `online` transforms run on that before; what they learn is stored as ``online<i>_<name>``.
+    """
 
     linear: LinearSpec
     rule: int
     codec: Codec
     solver: Solver
     tensors: Mapping[str, TensorSpec]
+    inputs: Codec | None = None
+    online: tuple[Transform, ...] = ()
 
     @property
     def nbytes(self) -> int:

@@ -122,12 +122,16 @@ class WeightRule:
     `match` is a glob over path segments ("layers.*.mlp.up_proj"; `*` is one segment, `**` any
     number, `{a,b}` alternatives; leading segments may be left out), a fully anchored expression
     ("re:..."), or a role: "@linear" (all in decoder blocks), "@attention", "@mlp", "@q" ...
+
+    `inputs` is a codec for what the layers are given, each token on its own as it comes: 8-bit
+    activations, for example.
     """
 
     match: str
     keep: bool = False
     codec: Codec | None = None
     solver: Solver | None = None
+    inputs: Codec | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from kvpack.core.model_spec import AttentionSpec, LinearSpec, ModelSpec
 from kvpack.core.registry import kind_of
 from kvpack.core.roles import Codec, Plane, Transform
 from kvpack.core.types import Shape, TensorSpec
+from kvpack.core.weight_code import stored_spec
 from kvpack.recipe import compat, fitting, inputs, patterns, ranking, retrieval
 from kvpack.recipe.plan import DroppedTensor, KVLayerPlan, Plan, PlanePlan, WeightPlan
 from kvpack.recipe.recipe import KVCacheRecipe, LoadedRecipe, PlaneRecipe, Tier, WeightRule
@@ -69,9 +70,10 @@ def _pack(index: int, linear: LinearSpec, rule: WeightRule, model: ModelSpec) ->
             why="packing it alone would store it twice",
             hint=f"leave it out with {{match: {linear.name}, keep: true}} before this rule",
         )
-    compat.check_weight_codec(rule.codec)
-    tensors = rule.codec.spec(linear.shape, model.tensors[linear.weight].dtype)
-    return WeightPlan(linear, index, rule.codec, rule.solver, tensors)
+    compat.check_weight_codec(rule.codec, rule.solver)
+    compat.check_input_codec(rule.inputs)
+    tensors = stored_spec(rule.codec, linear.shape, model.tensors[linear.weight].dtype)
+    return WeightPlan(linear, index, rule.codec, rule.solver, tensors, rule.inputs)
 
 
 def _no_match(loaded: LoadedRecipe, index: int, rule: WeightRule, model: ModelSpec) -> RecipeError:

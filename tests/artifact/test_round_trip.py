@@ -85,7 +85,7 @@ def test_everything_that_was_written_is_read(artifact: Path) -> None:
     for name, tensor in tensors().items():
         assert same_bytes(opened.read(name), tensor)
     weight = torch.randn(LINEARS["blocks.0.up"], generator=torch.Generator().manual_seed(0))
-    payload = opened.payload("blocks.0.up")
+    payload = opened.solution("blocks.0.up").payload
     assert payload.shape == weight.shape
     decoded = opened.manifest.weights["blocks.0.up"].codec.decode(payload, {}, torch.float32)
     assert torch.equal(decoded, CODEC.decode(CODEC.encode(weight, {}), {}, torch.float32))
@@ -100,7 +100,7 @@ def test_what_is_not_there_is_an_error(artifact: Path) -> None:
     with pytest.raises(ArtifactError, match="no tensor 'nothing'"):
         opened.read("nothing")
     with pytest.raises(ArtifactError, match="no packed layer 'norm'"):
-        opened.payload("norm")
+        opened.solution("norm")
 
 
 def test_the_manifest_survives_its_own_json(artifact: Path) -> None:

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from kvpack.calibrate.hooks import Tap
 from kvpack.calibrate.identity import needs_calibration
+from kvpack.core import weight_code
 from kvpack.core.errors import SourceError, UsageError
 from kvpack.models.fold import fold_value
 from kvpack.models.view import ModelView
@@ -58,12 +59,12 @@ def test_codes_equal_those_of_a_whole_model_quantised_block_by_block(job, done):
         for name, weight in weights.items():
             parameter = model.get_parameter(f"{name}.weight")
             stats = {"gram": {"gram": grams[name]}}
-            expected = weight.solver.solve(parameter.clone(), weight.codec, stats)
-            found = done.payload(name)
+            expected = weight.solver.solve(parameter.clone(), weight.codec, stats).payload
+            found = done.solved(name)
             assert found is not None
-            same = (expected.tensors["codes"] == found.tensors["codes"]).float().mean()
+            same = (expected.tensors["codes"] == found["codes"]).float().mean()
             assert same > 0.995, name
-            parameter.copy_(weight.codec.decode(found, {}, torch.float32))
+            parameter.copy_(weight_code.decode(weight.codec, found, parameter.shape, torch.float32))
 
 
 @torch.no_grad()
@@ -97,9 +98,9 @@ def test_every_family_calibrates(family, checkpoint, tmp_path):
     assert set(done.output_errors) == set(job.plan.weights)
     assert all(0 < e < 0.2 for e in done.output_errors.values())
     for name, weight in job.plan.weights.items():
-        payload = done.payload(name)
-        assert payload is not None
-        found = {n: (tuple(t.shape), str(t.dtype)[6:]) for n, t in payload.tensors.items()}
+        tensors = done.solved(name)
+        assert tensors is not None
+        found = {n: (tuple(t.shape), str(t.dtype)[6:]) for n, t in tensors.items()}
         assert found == {n: (s.shape, s.dtype) for n, s in weight.tensors.items()}
 
 
@@ -158,7 +159,7 @@ def test_the_head_can_be_solved_too(checkpoint, tmp_path):
     job = job_for(checkpoint("qwen2"), "w4", "weights.0.match=re:.*")
     assert "lm_head" in job.plan.weights
     done = job.run(tmp_path / "c")
-    assert done.payload("lm_head") is not None
+    assert done.solved("lm_head") is not None
     assert (done.path / "outer.safetensors").is_file()
     assert 0 < done.output_errors["lm_head"] < 0.2
 

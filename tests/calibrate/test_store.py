@@ -68,7 +68,7 @@ def test_a_flipped_bit_is_noticed(copy):
     with pytest.raises(ArtifactError, match="content changed"):
         opened.states(1, "key")
     with pytest.raises(ArtifactError, match="content changed"):
-        opened.payload("model.layers.1.mlp.up_proj")
+        opened.solved("model.layers.1.mlp.up_proj")
 
 
 def test_incomplete_foreign_and_newer_folders(copy, tmp_path):
@@ -96,6 +96,6 @@ def test_incomplete_foreign_and_newer_folders(copy, tmp_path):
 
 
 def test_layers_without_results(done):
-    assert done.payload("lm_head") is None
+    assert done.solved("lm_head") is None
     with pytest.raises(ArtifactError, match="layer 7 has no key transforms"):
         done.states(7, "key")

@@ -63,6 +63,9 @@ def stats_of(part: Part, x: Tensor) -> Stats:
             weight = random(heads * channels, 24, seed=13)
             found[stat.name] = {"weight": weight, "heads": torch.tensor(heads)}
             continue
+        if stat.of == "consumers":
+            found[stat.name] = {"weight": random(40, channels, seed=15)}
+            continue
         if stat.of == "rope":
             half = channels // 2
             paired = torch.arange(2 * half).roll(half)

@@ -28,7 +28,7 @@ def inputs(tokens: int, channels: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_payload_is_what_the_codec_announces(solver: Solver, codec: Affine, dtype: torch.dtype) -> None:
     weight = random(20, 72, seed=2).to(dtype)
-    payload = solver.solve(weight, codec, stats_of(solver, inputs(200, 72)))
+    payload = solver.solve(weight, codec, stats_of(solver, inputs(200, 72))).payload
     assert specs(payload.tensors) == codec.spec((20, 72))
     assert codec.decode(payload, {}, torch.float32).isfinite().all()
 
@@ -41,7 +41,7 @@ def test_outputs_are_no_worse_than_rounding(solver: Solver, codec: Affine) -> No
     def error(payload) -> float:
         return ((codec.decode(payload, {}, torch.float32) - weight) @ x.T).square().mean().item()
 
-    assert error(solver.solve(weight, codec, stats_of(solver, x))) <= error(codec.encode(weight, {}))
+    assert error(solver.solve(weight, codec, stats_of(solver, x)).payload) <= error(codec.encode(weight, {}))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -59,5 +59,5 @@ def test_dead_and_constant_channels(solver: Solver) -> None:
     x[:, 5:40] = 0
     weight[:, 60:] = 0.25
     weight[3] = 0
-    payload = solver.solve(weight, CODECS[0], stats_of(solver, x))
+    payload = solver.solve(weight, CODECS[0], stats_of(solver, x)).payload
     assert CODECS[0].decode(payload, {}, torch.float32).isfinite().all()

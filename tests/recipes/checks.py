@@ -94,7 +94,8 @@ def fake_quantised(made: Made) -> PreTrainedModel:
             state[name].copy_(artifact.read(name))
         for name, linear in artifact.manifest.weights.items():
             weight = state[f"{name}.weight"]
-            weight.copy_(linear.codec.decode(artifact.payload(name), {}, weight.dtype))
+            found = artifact.solution(name)
+            weight.copy_(linear.codec.decode(found.payload, found.state, weight.dtype))
     return reference.eval()
 
 

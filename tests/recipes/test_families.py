@@ -134,7 +134,7 @@ def test_computation_in_another_dtype(make: Make, prompt: torch.Tensor) -> None:
     assert model.dtype == torch.bfloat16
     assert model.config._attn_implementation == "eager"
     for name in made.artifact.manifest.weights:
-        stored = made.artifact.payload(name).tensors["scale"]
+        stored = made.artifact.solution(name).tensors["scale"]
         assert same_bits(model.get_submodule(name).get_buffer("scale"), stored)
     with torch.inference_mode():
         half = model(prompt, use_cache=False).logits

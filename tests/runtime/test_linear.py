@@ -9,7 +9,7 @@ from torch import nn
 from kvpack.core.errors import UsageError
 from kvpack.core.types import Group
 from kvpack.parts.codecs.affine import Affine
-from kvpack.runtime.linear import PackedLinear, replace_linears
+from kvpack.runtime.linear import PackedLinear, PackedWeight, replace_linears
 from tests.runtime.schemes import text, tiny
 
 CODEC = Affine(bits=4, group=Group("channel", 16))
@@ -21,7 +21,7 @@ def packed(codec: Affine = CODEC, *, bias: bool = True) -> tuple[PackedLinear, n
     generator = torch.Generator().manual_seed(0)
     dense = nn.Linear(SHAPE[1], SHAPE[0], bias=bias)
     payload = codec.encode(torch.randn(SHAPE, generator=generator), {})
-    layer = PackedLinear(codec, SHAPE, codec.spec(SHAPE), dense.bias)
+    layer = PackedLinear(PackedWeight(codec, SHAPE, codec.spec(SHAPE)), dense.bias)
     layer.load_state_dict({**payload.tensors, **({"bias": dense.bias.detach()} if bias else {})})
     with torch.no_grad():
         dense.weight.copy_(codec.decode(payload, {}, torch.float32))
@@ -51,10 +51,10 @@ def test_casting_the_model_leaves_codes_and_scales_alone(
     scale_dtype: str, cast: Callable[[nn.Module], nn.Module]
 ) -> None:
     layer, _ = packed(Affine(bits=3, group=Group("channel", 16), scale_dtype=scale_dtype))  # type: ignore[arg-type]
-    before = {name: t.clone() for name, t in layer.payload.tensors.items()}
+    before = {name: t.clone() for name, t in layer.stored.items()}
     moved = cast(nn.Sequential(layer))[0]
     assert isinstance(moved, PackedLinear)
-    for name, tensor in moved.payload.tensors.items():
+    for name, tensor in moved.stored.items():
         assert tensor.dtype == before[name].dtype
         assert torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8))
     assert moved.bias is not None
@@ -65,7 +65,7 @@ def test_casting_the_model_leaves_codes_and_scales_alone(
 def test_it_is_made_on_the_meta_device_and_materialised() -> None:
     source, dense = packed()
     model = nn.Sequential(nn.Linear(48, 24, device="meta"), nn.ReLU())
-    replace_linears(model, {"0": (CODEC, SHAPE, CODEC.spec(SHAPE))})
+    replace_linears(model, {"0": PackedWeight(CODEC, SHAPE, CODEC.spec(SHAPE))})
     assert all(t.is_meta for t in model.state_dict().values())
     model.half()
     model.to_empty(device="cpu")
@@ -80,7 +80,11 @@ def test_every_linear_of_a_model_can_be_replaced() -> None:
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in n]
     replace_linears(
         model,
-        {n: (CODEC, s, CODEC.spec(s)) for n in names for s in [tuple(model.get_submodule(n).weight.shape)]},
+        {
+            n: PackedWeight(CODEC, s, CODEC.spec(s))
+            for n in names
+            for s in [tuple(model.get_submodule(n).weight.shape)]
+        },
     )
     for name in names:
         weight = twin.get_submodule(name).weight
@@ -102,4 +106,4 @@ def test_it_says_what_it_is() -> None:
 def test_a_mismatch_is_refused(name: str, shape: tuple[int, int]) -> None:
     model = nn.Sequential(nn.Linear(48, 24), nn.ReLU())
     with pytest.raises(UsageError, match=f"{name} is"):
-        replace_linears(model, {name: (CODEC, shape, CODEC.spec(shape))})
+        replace_linears(model, {name: PackedWeight(CODEC, shape, CODEC.spec(shape))})

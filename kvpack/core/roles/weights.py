@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from kvpack.core.roles.compression import Codec
 from kvpack.core.roles.part import Part
-from kvpack.core.types import Payload, Stats
+from kvpack.core.types import Solution, Stats
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 class Solver(Part, ABC):
     """How the codes of a weight are chosen."""
 
+    teaches: ClassVar[bool] = False
+    """Whether it gives codecs that learn (`Codec.requires`, `Codec.state_spec`) their state."""
+
     @abstractmethod
-    def solve(self, weight: Tensor, codec: Codec, stats: Stats) -> Payload:
+    def solve(self, weight: Tensor, codec: Codec, stats: Stats) -> Solution:
         """Encode `weight` [R, C] with `codec`, knowing statistics of the layer's input."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kvpack import ops
 from kvpack.core.errors import KvpackError, RecipeError
 from kvpack.core.roles import Codec, GridCodec, Solver
-from kvpack.core.types import Payload, Stat, Stats
+from kvpack.core.types import Solution, Stat, Stats
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ class Gptq(Solver):
         """The Gram matrix of the layer's inputs."""
         return frozenset({Stat("gram")})
 
-    def solve(self, weight: Tensor, codec: Codec, stats: Stats) -> Payload:
+    def solve(self, weight: Tensor, codec: Codec, stats: Stats) -> Solution:
         """Encode `weight` [R, C].
 
         Raises:
@@ -58,7 +58,7 @@ class Gptq(Solver):
                 RuntimeWarning,
                 stacklevel=2,
             )
-            return codec.encode(weight, {})
+            return Solution(codec.encode(weight, {}))
         codes, grid = ops.gptq.solve(
             weight.float(),
             upper,
@@ -69,7 +69,7 @@ class Gptq(Solver):
             order=order,
             block=self.block,
         )
-        return codec.assemble(codes, grid)
+        return Solution(codec.assemble(codes, grid))
 
 
 def _gram(stats: Stats, channels: int) -> Tensor:

@@ -43,7 +43,7 @@ def direct(weight: Tensor, codec: Affine, gram: Tensor, damp: float) -> Tensor:
 @pytest.mark.parametrize("block", [128, 16, 7])
 def test_matches_the_direct_solution(codec: Affine, block: int) -> None:
     weight, stats = random(10, 48, seed=5), gram_of(48)
-    payload = Gptq(block=block).solve(weight, codec, stats)
+    payload = Gptq(block=block).solve(weight, codec, stats).payload
     expected = direct(weight, codec, stats["gram"]["gram"], 0.01)
     got = codec.decode(payload, {}, torch.float32)
     rounding = codec.decode(codec.encode(weight, {}), {}, torch.float32)
@@ -71,7 +71,9 @@ def test_active_channels_first_helps_when_few_are_active() -> None:
     def error(payload: Payload) -> float:
         return ((codec.decode(payload, {}, torch.float32) - weight) @ x.T).square().mean().item()
 
-    assert error(Gptq(act_order=True).solve(weight, codec, stats)) < error(Gptq().solve(weight, codec, stats))
+    assert error(Gptq(act_order=True).solve(weight, codec, stats).payload) < error(
+        Gptq().solve(weight, codec, stats).payload
+    )
 
 
 def test_dead_channels_are_rounded_not_zeroed() -> None:
@@ -79,7 +81,7 @@ def test_dead_channels_are_rounded_not_zeroed() -> None:
     stats["gram"]["gram"][:, 10] = 0
     stats["gram"]["gram"][10] = 0
     weight, codec = random(10, 48), CODECS[0]
-    got = codec.decode(Gptq().solve(weight, codec, stats), {}, torch.float32)
+    got = codec.decode(Gptq().solve(weight, codec, stats).payload, {}, torch.float32)
     assert (got[:, 10] - weight[:, 10]).abs().max() < 0.4
     assert got[:, 10].abs().max() > 0.5
 
@@ -88,7 +90,7 @@ def test_hopeless_gram_falls_back_with_a_warning() -> None:
     weight, codec = random(10, 48), CODECS[0]
     stats = {"gram": {"gram": -torch.ones(48, 48) + 0.5 * torch.eye(48)}}
     with pytest.warns(RuntimeWarning, match="rounded to nearest"):
-        payload = Gptq().solve(weight, codec, stats)
+        payload = Gptq().solve(weight, codec, stats).payload
     assert torch.equal(payload.tensors["codes"], codec.encode(weight, {}).tensors["codes"])
 
 
