@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from kvpack.core.errors import KvpackError, UsageError
 from kvpack.core.progress import SILENT, Progress
 from kvpack.core.types import ITEM_BYTES
 from kvpack.evaluate.artifact import EvaluationSettings, prepare, score
-from kvpack.evaluate.frontier import AnyEvaluation, Comparison, Entry
+from kvpack.evaluate.frontier import AnyEvaluation, Axis, Comparison, Entry
 from kvpack.evaluate.recall import prepare_recall, score_recall
 from kvpack.models.scan import scan
 from kvpack.pipeline import calibrate_together, export, make_plan, measure_sinks
@@ -42,6 +42,10 @@ class Job:
     every one of them. With `recall` that task is scored instead of the text of `settings`, whose
     steps, batch and protocols hold for both. With `sinks`, the source's attention sinks are measured
     in the end.
+
+    `axis` is what is compared, see `Comparison.axis`; for weights, caches stay uncompressed. With
+    `targets` every recipe is made for each of these bits per weight, spent over its layers by its
+    budget (`kvpack.recipe.recipe.BudgetRecipe`); sensitivities are kept in the folder `cache`.
     """
 
     model: str
@@ -51,12 +55,16 @@ class Job:
     settings: EvaluationSettings = field(default_factory=EvaluationSettings)
     recall: RecallSettings | None = None
     sinks: bool = False
+    axis: Axis = "kv"
+    targets: Sequence[float] = ()
+    cache: Path | None = None
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
     """Recipe references behind names and patterns, in order, each once.
 
-    ``all`` are the bundled recipes with a KV-cache scheme. A pattern (``*``, ``?``, ``[...]``)
+    ``all`` are the bundled recipes with a KV-cache scheme, ``all-weights`` those that pack weights. A
+    pattern (``*``, ``?``, ``[...]``)
     without @ is matched against bundled names, one with @ against every NAME@VARIANT.
 
     Raises:
@@ -67,6 +75,8 @@ def expand(patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         if pattern == "all":
             found = [name for name in _names() if load(name).recipe.kv_cache is not None]
+        elif pattern == "all-weights":
+            found = [name for name in _names() if load(name).recipe.weights]
         elif any(c in pattern for c in "*?[") and not Path(pattern).exists():
             found = fnmatch.filter(_variants() if "@" in pattern else _names(), pattern)
         else:
@@ -118,13 +128,25 @@ def compare(
     return run.result()
 
 
+def _targeted(references: Sequence[str], job: Job) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Label, recipe and further overrides of everything that is measured."""
+    if not job.targets:
+        yield from ((reference, reference, ()) for reference in references)
+        return
+    counts = "packed" if job.axis == "packed" else "all"
+    for reference in references:
+        for bits in job.targets:
+            aim = ("budget.target_bytes=", f"budget.target_bpw={bits:g}", f"budget.counts={counts}")
+            yield f"{reference} {bits:g}", reference, (*aim, "budget.bits=")
+
+
 class _Run:
     """One comparison: the entries so far."""
 
     def __init__(
         self, job: Job, references: Sequence[str], access: Access, found: Found, progress: Progress
     ) -> None:
-        self.job, self.references = job, references
+        self.job, self.references = job, list(_targeted(references, job))
         self.access, self.found, self.progress = access, found, progress
         self.entries: list[Entry] = []
         self.errors: list[Exception] = []
@@ -153,7 +175,8 @@ class _Run:
         """What scores an artifact; the source is loaded here, and what it alone has to answer is asked."""
         job, settings, access = self.job, self.job.settings, self.access
         if job.recall is None:
-            ground = prepare(job.model, settings, access=access)
+            plain = replace(settings, weights_only=job.axis != "kv")
+            ground = prepare(job.model, plain, access=access)
             return lambda path, tell: score(path, ground, access=access, progress=tell)
         asked = prepare_recall(job.model, job.recall, batch=settings.batch, access=access)
         return lambda path, tell: score_recall(
@@ -177,9 +200,16 @@ class _Run:
 
     def _plans(self) -> dict[str, Plan]:
         plans: dict[str, Plan] = {}
-        for name in self.references:
+        for name, reference, target in self.references:
             with self._guarded(name):
-                plans[name] = make_plan(self.job.model, name, self.job.overrides, self.access)
+                plans[name] = make_plan(
+                    self.job.model,
+                    reference,
+                    (*self.job.overrides, *target),
+                    self.access,
+                    cache=self.job.cache,
+                    progress=self.progress,
+                )
                 self.model = plans[name].model
         return plans
 
@@ -234,7 +264,13 @@ class _Run:
             raise self.errors[0]
         bits = 8 * ITEM_BYTES[self.model.dtype] if self.model else 0
         known = {entry.recipe for entry in self.entries}
-        missing = tuple(name for name in self.references if name not in known)
+        missing = tuple(name for name, *_ in self.references if name not in known)
         return Comparison(
-            self.job.model, tuple(self.entries), bits, self.job.budget_bits, self.sinks, missing
+            self.job.model,
+            tuple(self.entries),
+            bits,
+            self.job.budget_bits,
+            self.sinks,
+            missing,
+            self.job.axis,
         )

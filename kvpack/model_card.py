@@ -11,8 +11,11 @@ CONTEXT_TOKENS = 4096
 """Context for which the card states the cache's size."""
 
 
-def model_card(plan: Plan) -> str:
-    """Markdown with the metadata block that model hubs read."""
+def model_card(plan: Plan, stored_bytes: int) -> str:
+    """Markdown with the metadata block that model hubs read.
+
+    `stored_bytes` are those of all weights, after lossless coding.
+    """
     recipe = plan.recipe.recipe
     metadata = ["library_name: transformers", "tags: [kvpack, compressed, kv-cache]"]
     if plan.model.repository:
@@ -23,18 +26,18 @@ def model_card(plan: Plan) -> str:
         lines += [recipe.summary, ""]
     lines += ["Packed with [kvpack](https://pypi.org/project/kvpack/); needs it to load:", ""]
     lines += ["```python", "import kvpack", "", 'model = kvpack.load("path/to/this/folder")', "```", ""]
-    lines += _sizes(plan) + _recipe(plan)
+    lines += _sizes(plan, stored_bytes) + _recipe(plan)
     lines += ["", "`kvpack verify` checks every byte, `kvpack inspect` shows the layers.", ""]
     return "\n".join(lines)
 
 
-def _sizes(plan: Plan) -> list[str]:
+def _sizes(plan: Plan, stored_bytes: int) -> list[str]:
     weights = weight_bytes(plan)
     lines = [
         "| | source | here | bits per element |",
         "|---|---|---|---|",
-        f"| weights | {human_bytes(weights.source)} | {human_bytes(weights.total)} "
-        f"| {weights.bits_per_weight:.2f} |",
+        f"| weights | {human_bytes(weights.source)} | {human_bytes(stored_bytes)} "
+        f"| {8 * stored_bytes / weights.parameters:.2f} |",
     ]
     if plan.kv:
         per_token = kv_bytes_per_token(plan.kv, plan.model.dtype)

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from kvpack.calibrate.store import Calibration
 from kvpack.core import weight_code
+from kvpack.core.ahead import in_order
 from kvpack.core.errors import KvpackError
 from kvpack.core.model_spec import Projection
 from kvpack.core.pieces import row_pieces
 from kvpack.core.roles import Codec, Part
 from kvpack.core.types import Solution, State
-from kvpack.models.fold import fold, fold_names
-from kvpack.models.weights import SourceReader
+from kvpack.folding import Folding
+from kvpack.recipe.basis import BasisPlan, basis_state
 from kvpack.recipe.inputs_plan import basis_name
 from kvpack.recipe.plan import KVLayerPlan, Plan, WeightPlan, state_name
+from kvpack.recipe.sparsity import THRESHOLD, SparsityPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,37 +41,52 @@ class Packing:
     learned: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._reader = SourceReader.of(self.plan.model)
-        self._folded = _fold_targets(self.plan)
+        self._folding = Folding(self.plan)
+        for change in self.plan.basis:
+            self._folding.basis[change.number] = self._basis_states(change)
+        for layer in self.plan.kv:
+            for plane in layer.folded_planes:
+                parts = layer.plane(plane).transforms
+                self._folding.kv[layer.attention.layer, plane] = self._states(layer, plane, parts)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors of the artifact, named as in `Plan.artifact_tensors`, in its order."""
-        payload_of = {f"{n}.{part}": (n, part) for n, w in self.plan.weights.items() for part in w.tensors}
-        packed: Mapping[str, Tensor] = {}
-        current = ""
-        for name in self.plan.artifact_tensors():
-            if name not in payload_of:
-                yield name, self.source(name)
-                continue
-            linear, part = payload_of[name]
-            if linear != current:
-                packed, current = self.pack(self.plan.weights[linear]).tensors, linear
-            yield name, packed[part]
+        linear_of = {f"{n}.{part}": n for n, w in self.plan.weights.items() for part in w.tensors}
+        names = groupby(self.plan.artifact_tensors(), lambda name: linear_of.get(name, name))
+        thresholds = self.thresholds()
+        tasks = (partial(self._named, owner, list(group), thresholds) for owner, group in names)
+        for tensors in in_order(tasks):
+            yield from tensors.items()
+
+    def _named(self, owner: str, names: Sequence[str], known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a packed layer, or one that is known or copied."""
+        weight = self.plan.weights.get(owner)
+        if weight is None:
+            return {owner: known[owner] if owner in known else self.source(owner)}
+        packed = self.pack(weight).tensors
+        return {name: packed[name.removeprefix(f"{owner}.")] for name in names}
+
+    def thresholds(self) -> dict[str, Tensor]:
+        """Calibrated thresholds of sparse activations, by the name they are stored under."""
+        sparsity, known = self.plan.sparsity, self.calibration
+        if sparsity is None or known is None:
+            return {}
+        return {f"{module}.{THRESHOLD}": known.threshold(module)[0] for module in sparsity.sites}
+
+    def sparsity(self) -> SparsityPlan | None:
+        """The plan of sparse activations, knowing what was active on the calibration text."""
+        sparsity, known = self.plan.sparsity, self.calibration
+        if sparsity is None or known is None:
+            return sparsity
+        sites = {m: replace(site, active=known.threshold(m)[1]) for m, site in sparsity.sites.items()}
+        return replace(sparsity, sites=sites)
 
     def source(self, name: str) -> Tensor:
-        """A tensor of the source in its stored dtype, folded where the plan folds it."""
-        tensor = self._reader.read(name)
-        layer = self._folded.get(name)
-        if layer is None:
-            return tensor
-        folded = tensor
-        for plane in layer.folded_planes:
-            parts = layer.plane(plane).transforms
-            states = self._states(layer, plane, parts)
-            # A fused projection may belong to both planes, another one to one of them.
-            found = fold(plane, layer.attention, {name: folded}, parts, states)
-            folded = found.get(name, folded)
-        return folded.to(tensor.dtype)
+        """A tensor of the source, folded where the plan folds it: then float32 where it is packed.
+
+        All others are in their stored dtype.
+        """
+        return self._folding.read(name)
 
     def kv_states(self) -> dict[str, Tensor]:
         """State of codecs and of transforms that run online, named as in `Plan.kv_state_tensors`."""
@@ -81,6 +100,9 @@ class Packing:
         }
         for layer in self.plan.kv:
             found |= self._bases(layer)
+        for change in self.plan.basis:
+            for i, state in enumerate(self._folding.basis[change.number]):
+                found |= {basis_state(change.number, i, name): tensor for name, tensor in state.items()}
         return {name: found[name] for name in wanted}
 
     def _bases(self, layer: KVLayerPlan) -> dict[str, Tensor]:
@@ -126,6 +148,16 @@ class Packing:
             for i, part in enumerate(parts)
         )
 
+    def _basis_states(self, change: BasisPlan) -> Sequence[State]:
+        """What the transforms of a change of basis have learned."""
+        if self.calibration is not None:
+            return self.calibration.basis_states(change)
+        names = [{n: basis_state(change.number, i, n) for n in spec} for i, spec in enumerate(change.states)]
+        return [
+            {n: self.learned[stored] for n, stored in found.items()} if part.requires() else part.fit({})
+            for part, found in zip(change.transforms, names, strict=True)
+        ]
+
     def pack(self, weight: WeightPlan) -> Solution:
         """Encode one linear layer: with the calibrated codes, or by its solver from the weight alone."""
         matrix = self.source(weight.linear.weight)
@@ -145,20 +177,18 @@ def relative_error(matrix: Tensor, codec: Codec, found: Solution) -> float:
 
     lost = whole = 0.0
     for start, stop in row_pieces(matrix.shape[0], matrix.shape[1], codec.token_block):
-        exact = matrix[start:stop].double()
+        exact = matrix[start:stop].to(torch.promote_types(matrix.dtype, torch.float32))
         decoded = codec.decode(found.payload.rows(start, stop), found.state, torch.float32)
-        lost += float((exact - decoded).square().sum())
-        whole += float(exact.square().sum())
+        lost += _squares(exact - decoded)
+        whole += _squares(exact)
     return float(f"{math.sqrt(lost / whole):.6g}") if whole else 0.0
 
 
-def _fold_targets(plan: Plan) -> Mapping[str, KVLayerPlan]:
-    """Source tensors that folding changes, with the layer they belong to."""
-    targets: dict[str, KVLayerPlan] = {}
-    for layer in plan.kv:
-        for plane in layer.folded_planes:
-            targets |= dict.fromkeys(fold_names(layer.attention, plane), layer)
-    return targets
+def _squares(rows: Tensor) -> float:
+    """Sum of squares: within a row in its own dtype, over rows in float64."""
+    import torch
+
+    return float(torch.linalg.vector_norm(rows, dim=-1).double().square().sum())
 
 
 def _check(weight: WeightPlan, tensors: Mapping[str, Tensor]) -> None:

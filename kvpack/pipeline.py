@@ -40,8 +40,19 @@ class Exported:
     nbytes: int
 
 
-def make_plan(model: str | Path, recipe: str, overrides: Sequence[str] = (), access: Access = CLOSED) -> Plan:
-    """Apply a recipe to a model: what would be written, to the byte. Reads headers only.
+def make_plan(
+    model: str | Path,
+    recipe: str,
+    overrides: Sequence[str] = (),
+    access: Access = CLOSED,
+    *,
+    cache: Path | None = None,
+    progress: Progress = SILENT,
+) -> Plan:
+    """Apply a recipe to a model: what would be written, to the byte.
+
+    Reads headers only, unless the recipe has a budget to spend (`kvpack.calibrate.budget`); what is
+    measured for it is kept in the folder `cache`, by default `kvpack.core.cache_dir`.
 
     Raises:
         RecipeError: the recipe is wrong, or asks for what this model cannot do.
@@ -54,7 +65,12 @@ def make_plan(model: str | Path, recipe: str, overrides: Sequence[str] = (), acc
     from kvpack.recipe.resolve import resolve
 
     spec = open_model(model, allow_download=access.allow_download, trust_remote_code=access.trust_remote_code)
-    return resolve(loaded, spec)
+    plan = resolve(loaded, spec)
+    if loaded.recipe.budget is None or not loaded.recipe.budget.open:
+        return plan
+    from kvpack.calibrate.budget import spend_budget
+
+    return spend_budget(plan, spec, cache=cache, access=access, progress=progress)
 
 
 def calibrate(
@@ -257,7 +273,7 @@ def _write(
 
     packing = Packing(plan, calibration)
     specs = plan.artifact_tensors()
-    writer.begin_weights(specs, shard_bytes)
+    writer.begin_weights(specs, shard_bytes, plan.recipe.recipe.storage, plan.packed_tensors())
     for done, (name, tensor) in enumerate(packing.tensors()):
         progress("export", done, len(specs), name)
         writer.write_tensor(name, tensor)
@@ -266,12 +282,14 @@ def _write(
     writer.write_json("config.json", _config(plan))
     for name, path in sidecar_files(plan.model.path).items():
         writer.copy_file(path, name)
-    writer.write_text("README.md", model_card(plan))
+    stored = sum(record.nbytes for record in writer.written().tensors.values())
+    writer.write_text("README.md", model_card(plan, stored))
     return manifest_of(
         plan,
         writer.written(),
         source_hashes=hashes,
         relative_errors=packing.relative_errors,
+        sparsity=packing.sparsity(),
         calibration=None if calibration is None else calibration.origin,
     )
 
@@ -284,5 +302,7 @@ def _config(plan: Plan) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((plan.model.path / "config.json").read_text(encoding="utf-8"))
     if not (config.get("dtype") or config.get("torch_dtype")):
         config["dtype"] = plan.model.dtype
+    if plan.model.untied:
+        config["tie_word_embeddings"] = False
     config["quantization_config"] = {"quant_method": "kvpack", "format_version": FORMAT_VERSION}
     return config

@@ -7,11 +7,12 @@ indices, the exact window, protected tokens and padding. No torch: plans and man
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from kvpack.core.errors import RecipeError
 from kvpack.core.types import TensorSpec
+from kvpack.recipe.patterns import outside
 from kvpack.recipe.plan import KVLayerPlan, Plan
 from kvpack.recipe.recipe import LoadedRecipe
 from kvpack.recipe.reference_shape import PROMPT_TOKENS, reference_model
@@ -161,6 +162,8 @@ def weight_bytes(plan: Plan) -> WeightBytes:
     packed = sum(w.nbytes for w in plan.weights.values())
     elements = sum(w.linear.shape[0] * w.linear.shape[1] for w in plan.weights.values())
     copied = sum(t.nbytes for t in plan.copied.values())
+    if plan.sparsity is not None:
+        copied += sum(t.nbytes for t in plan.sparsity.tensors().values())
     return WeightBytes(packed, elements, copied, plan.model.parameters, plan.model.nbytes)
 
 
@@ -180,8 +183,10 @@ class ReferenceBits:
 def reference_bits(loaded: LoadedRecipe) -> ReferenceBits:
     """What a recipe takes, before there is a model: counted at `kvpack.recipe.reference_shape`."""
     model = reference_model()
+    recipe = loaded.recipe
+    rules = tuple(rule for rule in recipe.weights if not outside(rule.match))
     try:
-        plan = resolve(loaded, model)
+        plan = resolve(replace(loaded, recipe=replace(recipe, weights=rules)), model)
     except RecipeError as error:
         return ReferenceBits(refused=error.message)
     kv = kv_bytes(plan.kv, PROMPT_TOKENS, model.dtype).bits_per_element if plan.kv else None

@@ -14,6 +14,7 @@ LAYERS = [
     {"core", "ops", "kernels"},
     {"parts"},
     {"recipe", "models"},
+    {"folding"},
     {"calibrate", "runtime", "artifact"},
     {"report", "loading", "packing"},
     {"model_card"},

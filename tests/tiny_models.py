@@ -11,6 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt_neox")
 
+MOE_FAMILIES = ("mixtral", "qwen3_moe")
+"""Families whose transformers model fuses experts that kvpack takes apart."""
+
 VOCAB = 256
 
 _SHAPES: dict[str, Any] = {
@@ -34,6 +37,8 @@ _FAMILY_SHAPES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"num_key_value_heads": None, "head_dim": None, "rotary_pct": 0.25},
     "phi": {"head_dim": None},
     "phi3": {"head_dim": None},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
 }
 
 
@@ -46,9 +51,15 @@ def make_model(
     tied: bool = False,
     shard_size: str | None = None,
     seed: int = 0,
+    fused: bool = False,
+    cold_expert: int | None = None,
     **overrides: Any,
 ) -> Path:
-    """Write a random model of `family` with its tokenizer to `path` and return `path`."""
+    """Write a random model of `family` with its tokenizer to `path` and return `path`.
+
+    Experts are stored one by one, as in published checkpoints, or `fused`, as transformers has them.
+    No token ever chooses `cold_expert`.
+    """
     settings = {**_SHAPES, **_FAMILY_SHAPES.get(family, {}), "num_hidden_layers": layers}
     settings.update({"tie_word_embeddings": tied, **overrides})
     if settings.get("layer_types") == "alternate":
@@ -59,9 +70,11 @@ def make_model(
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _randomise(model, seed)
+    if cold_expert is not None:
+        _starve(model, cold_expert)
     model = model.to(getattr(torch, dtype))
     options = {"max_shard_size": shard_size} if shard_size else {}
-    model.save_pretrained(path, **options)
+    model.save_pretrained(path, save_original_format=not fused, **options)
     make_tokenizer().save_pretrained(path)
     return path
 
@@ -76,6 +89,19 @@ def _randomise(model: torch.nn.Module, seed: int) -> None:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
             else:
                 parameter.add_(0.1 * noise)
+
+
+def _starve(model: torch.nn.Module, expert: int) -> None:
+    """Let a channel be positive for every token, and the routers alone look at it: against one expert."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("embed_tokens.weight"):
+                parameter[:, 0] = 2.0
+            elif name.endswith("v_proj.weight"):
+                parameter[:, 0] = 0.0
+            elif name.endswith("mlp.gate.weight"):
+                parameter[:, 0] = 0.0
+                parameter[expert, 0] = -60.0
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

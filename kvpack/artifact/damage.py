@@ -9,8 +9,10 @@ from pathlib import Path
 from kvpack.artifact.files import BUFFER_BYTES
 from kvpack.artifact.manifest import Manifest, TensorRecord
 from kvpack.core.errors import ArtifactError
+from kvpack.core.packed_bytes import first_bad_block
 from kvpack.core.progress import SILENT, Progress
-from kvpack.core.safetensors_header import read_header
+from kvpack.core.safetensors_header import TensorEntry, read_header
+from kvpack.core.tensor_io import read_tensor
 
 _HINT = "copy or download this file again; `kvpack export` makes the same bytes"
 
@@ -63,5 +65,14 @@ def _lost(path: Path, records: Mapping[str, TensorRecord]) -> str:
     ]
     if not bad:
         return " in its header"
-    names = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+    shown = [name + _lost_block(path, entries[name], records.get(name)) for name in bad[:5]]
+    names = ", ".join(shown) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
     return f": {names}; the other {len(records) - len(bad)} tensors are not affected"
+
+
+def _lost_block(path: Path, entry: TensorEntry, record: TensorRecord | None) -> str:
+    """` (block 3 of 7)` of a packed tensor."""
+    if record is None or record.packed is None or not record.matches(entry):
+        return ""
+    found = first_bad_block(read_tensor(path, entry), record.packed)
+    return "" if found is None else f" (block {found} of {len(record.packed.sizes)})"

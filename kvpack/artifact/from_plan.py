@@ -20,11 +20,12 @@ from kvpack.artifact.manifest import (
 from kvpack.artifact.writer import Written
 from kvpack.recipe.plan import Plan, WeightPlan
 from kvpack.recipe.recipe import LoadedRecipe
+from kvpack.recipe.sparsity import SparsityPlan
 
 
 def library_versions() -> dict[str, str]:
     """Versions that the bytes of an artifact may depend on."""
-    libraries = ("safetensors", "torch", "transformers")
+    libraries = ("safetensors", "torch", "transformers", "zstandard")
     return {**{name: metadata.version(name) for name in libraries}, "python": platform.python_version()}
 
 
@@ -34,6 +35,7 @@ def manifest_of(
     *,
     source_hashes: Mapping[str, str],
     relative_errors: Mapping[str, float],
+    sparsity: SparsityPlan | None = None,
     calibration: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Describe a written artifact.
@@ -43,6 +45,7 @@ def manifest_of(
         written: what `ArtifactWriter` has on the disk.
         source_hashes: sha256 of every weight file of the source.
         relative_errors: by packed layer.
+        sparsity: the plan's, with the calibrated shares.
         calibration: fingerprint of what was calibrated on.
     """
     loaded, model = plan.recipe, plan.model
@@ -56,6 +59,9 @@ def manifest_of(
             for n, w in plan.weights.items()
         },
         copied={name: written.tensors[name] for name in plan.copied},
+        basis=plan.basis,
+        sparsity=sparsity,
+        thresholds={} if sparsity is None else {n: written.tensors[n] for n in sparsity.tensors()},
         dropped=plan.dropped,
         kv=plan.kv,
         kv_state=written.kv_state,
@@ -102,14 +108,16 @@ def _packed(
 ) -> PackedLinear:
     linear = weight.linear
     rows, columns = linear.shape
+    tensors = {part: written.tensors[f"{name}.{part}"] for part in weight.tensors}
+    stored = sum(record.nbytes for record in tensors.values())
     return PackedLinear(
         role=linear.role,
         shape=linear.shape,
         dtype=dtype,
         codec=weight.codec,
         solver=weight.solver,
-        tensors={part: written.tensors[f"{name}.{part}"] for part in weight.tensors},
-        bits_per_element=bits_per_element(weight.nbytes, rows * columns),
+        tensors=tensors,
+        bits_per_element=bits_per_element(stored, rows * columns),
         bits=getattr(weight.codec, "bits", None),
         layer=linear.layer,
         relative_error=relative_errors.get(name),

@@ -12,12 +12,14 @@ from typing import Any
 from kvpack.artifact.canonical import table_json
 from kvpack.artifact.layout import MANIFEST_FILE as MANIFEST_FILE
 from kvpack.core.errors import ArtifactError, RecipeError, RecipeErrors
+from kvpack.core.packed_bytes import PackedBytes
 from kvpack.core.roles import Codec, Solver, Transform
 from kvpack.core.strict_json import parse_json
 from kvpack.core.types import ITEM_BYTES, TensorSpec
-from kvpack.core.weight_code import stored_spec
+from kvpack.recipe.basis import BasisPlan
 from kvpack.recipe.build import build, hints, to_mapping
 from kvpack.recipe.plan import DroppedTensor, KVLayerPlan
+from kvpack.recipe.sparsity import SparsityPlan
 from kvpack.recipe.yaml_lines import Node, Position
 
 FORMAT_VERSION = 1
@@ -36,15 +38,27 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class TensorRecord(TensorSpec):
-    """A stored tensor and the hash of its bytes."""
+    """A tensor as it is stored, and the hash of its bytes; `packed` tells what a blob stands for."""
 
     sha256: str
+    packed: PackedBytes | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BYTES:
             raise ValueError(f"unknown dtype {self.dtype[:40]!r}")
         if any(not 0 <= n < 2**63 for n in self.shape):
             raise ValueError("impossible shape")
+        if self.packed is not None and not self.matches(self.packed.stored):
+            raise ValueError("is not as long as its packed blocks")
+
+    @property
+    def logical(self) -> TensorSpec:
+        """The tensor that a reader is given."""
+        return self if self.packed is None else self.packed
+
+    def stands_for(self, spec: TensorSpec) -> bool:
+        """Whether shape and dtype of what a reader is given are those of `spec`."""
+        return (self.logical.shape, self.logical.dtype) == (spec.shape, spec.dtype)
 
     def matches(self, spec: TensorSpec) -> bool:
         """Whether shape and dtype are those of `spec`."""
@@ -108,14 +122,19 @@ class PackedLinear:
             raise ValueError("impossible shape")
 
     @property
-    def coded(self) -> tuple[str, ...]:
-        """Names of the tensors that are the weight: all but those of `online`."""
-        return tuple(stored_spec(self.codec, self.shape, self.dtype))
-
-    @property
     def nbytes(self) -> int:
         """Stored bytes."""
         return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def logical(self) -> dict[str, TensorSpec]:
+        """Its tensors as a reader is given them; `PackedBytes` where they are packed."""
+        return {name: record.logical for name, record in self.tensors.items()}
+
+    @property
+    def unpacked_nbytes(self) -> int:
+        """Bytes of its tensors before lossless coding; the same as `nbytes` without."""
+        return sum(t.logical.nbytes for t in self.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -140,6 +159,9 @@ class Manifest:
     resolved_recipe: Mapping[str, Any]
     weights: Mapping[str, PackedLinear]
     copied: Mapping[str, TensorRecord]
+    basis: tuple[BasisPlan, ...]
+    sparsity: SparsityPlan | None
+    thresholds: Mapping[str, TensorRecord]
     dropped: tuple[DroppedTensor, ...]
     kv: tuple[KVLayerPlan, ...]
     kv_state: Mapping[str, TensorRecord]
@@ -153,7 +175,7 @@ class Manifest:
 
     def weight_tensors(self) -> dict[str, TensorRecord]:
         """Every tensor of the weight shards, by name."""
-        tensors = dict(self.copied)
+        tensors = {**self.copied, **self.thresholds}
         for name, linear in self.weights.items():
             tensors.update({f"{name}.{part}": record for part, record in linear.tensors.items()})
         return tensors
@@ -249,7 +271,7 @@ def _check_sums(manifest: Manifest, where: str) -> None:
         if stated != computed:
             raise ArtifactError(f"{path}: {stated}, but its tensors come to {computed}", where=where)
     parts = sum(len(linear.tensors) for linear in manifest.weights.values())
-    if len(manifest.weight_tensors()) != parts + len(manifest.copied):
+    if len(manifest.weight_tensors()) != parts + len(manifest.copied) + len(manifest.thresholds):
         raise ArtifactError("two of its tensors have one name", where=where)
 
 

@@ -10,7 +10,7 @@ from kvpack.core.errors import ArtifactError, KvpackError
 from kvpack.core.model_spec import AttentionSpec
 from kvpack.core.roles import Plane
 from kvpack.core.types import Shape, TensorSpec
-from kvpack.core.weight_code import online_spec, stored_spec
+from kvpack.core.weight_code import stored_spec
 from kvpack.recipe.inputs_plan import InputsPlan
 from kvpack.recipe.plan import KVLayerPlan, PlanePlan
 
@@ -26,7 +26,20 @@ def check_parts(manifest: Manifest, path: Path) -> None:
     for name, linear in manifest.weights.items():
         with _Place(f"weights.{name}", path):
             _check_linear(linear)
+    for name, record in {**manifest.copied, **manifest.thresholds, **manifest.kv_state}.items():
+        if record.packed is not None:
+            raise ArtifactError(f"{name} is packed and no packed layer's", where=str(path))
+    with _Place("sparsity", path):
+        due = {} if manifest.sparsity is None else manifest.sparsity.tensors()
+        found = manifest.thresholds
+        if due.keys() != found.keys() or any(not found[n].matches(s) for n, s in due.items()):
+            raise ValueError("thresholds are not those of its sites")
     expected: dict[str, TensorSpec] = {}
+    for number, change in enumerate(manifest.basis):
+        with _Place(f"basis.{number}", path):
+            if change.number != number or len(change.states) != len(change.transforms):
+                raise ValueError("not numbered in order, or without the states of its transforms")
+            expected.update(change.state_tensors())
     for number, layer in enumerate(manifest.kv):
         with _Place(f"kv.{number}", path):
             expected.update(_states(layer))
@@ -54,15 +67,15 @@ class _Place:
 
 
 def _check_linear(linear: PackedLinear) -> None:
-    specs = stored_spec(linear.codec, linear.shape, linear.dtype) | online_spec(
-        linear.online, linear.shape[1]
-    )
+    specs = stored_spec(linear.codec, linear.shape, linear.dtype)
     if specs.keys() != linear.tensors.keys() or any(
-        not linear.tensors[n].matches(s) for n, s in specs.items()
+        not linear.tensors[n].stands_for(s) for n, s in specs.items()
     ):
         raise ValueError("its tensors are not those of its codec")
     if linear.inputs is not None and (linear.inputs.token_block > 1 or linear.inputs.requires()):
         raise ValueError("inputs: cannot approximate every token on its own")
+    if any(transform.requires() for transform in linear.online):
+        raise ValueError("online: transforms that learn")
 
 
 def _states(layer: KVLayerPlan) -> dict[str, TensorSpec]:
@@ -84,7 +97,7 @@ def _states(layer: KVLayerPlan) -> dict[str, TensorSpec]:
 
 
 def _check_index(index: PlanePlan, layer: KVLayerPlan) -> None:
-    if layer.inputs is not None or layer.attention.window is not None:
+    if layer.inputs is not None or layer.window is not None:
         raise ValueError("retrieval: in a layer that has no whole context of keys")
     if index.folded or len(index.codecs) != 1 or index.block > 1 or index.codecs[0].segment:
         raise ValueError("retrieval.index: cannot code every token as it comes")

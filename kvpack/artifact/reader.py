@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,7 @@ from kvpack.artifact.part_checks import check_parts
 from kvpack.artifact.paths import member, visible_files
 from kvpack.core import weight_code
 from kvpack.core.errors import ArtifactError
+from kvpack.core.packed_bytes import PackedBytes, unpack
 from kvpack.core.progress import SILENT, Progress
 from kvpack.core.safetensors_header import TensorEntry, read_header
 from kvpack.core.strict_json import parse_json
@@ -84,15 +86,28 @@ class Artifact:
         return self.manifest.nbytes + (self.path / MANIFEST_FILE).stat().st_size
 
     def read(self, name: str) -> Tensor:
-        """Read one weight tensor.
+        """Read one weight tensor, unpacked where it is stored packed.
 
         Raises:
             ArtifactError: there is none of that name, or its file changed since it was checked.
         """
+        stored = self.read_stored(name)
+        packed = self._packed.get(name)
+        if packed is None:
+            return stored
+        return unpack(stored, packed, name, where=str(self.path / self.places[name][0]), hashed=True)
+
+    def read_stored(self, name: str) -> Tensor:
+        """Read one weight tensor as it is on the disk: a blob where it is packed; errors as of `read`."""
         if name not in self.places:
             raise ArtifactError(f"has no tensor {name!r}", where=str(self.path))
         file, entry = self.places[name]
         return read_tensor(self.path / file, entry)
+
+    @cached_property
+    def _packed(self) -> dict[str, PackedBytes]:
+        records = self.manifest.weight_tensors().items()
+        return {name: record.packed for name, record in records if record.packed is not None}
 
     def solution(self, linear: str) -> Solution:
         """Read a packed layer.
@@ -103,7 +118,7 @@ class Artifact:
         packed = self.manifest.weights.get(linear)
         if packed is None:
             raise ArtifactError(f"has no packed layer {linear!r}", where=str(self.path))
-        tensors = {part: self.read(f"{linear}.{part}") for part in packed.coded}
+        tensors = {part: self.read(f"{linear}.{part}") for part in packed.tensors}
         return weight_code.solution(packed.codec, tensors, packed.shape)
 
     def kv_state(self) -> dict[str, Tensor]:

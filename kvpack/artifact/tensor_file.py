@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -54,6 +54,25 @@ def split_shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[dict
     return shards
 
 
+def check_announced(
+    due: Sequence[tuple[str, TensorSpec]], name: str, tensor: Tensor, where: str
+) -> TensorSpec:
+    """The announcement of the next tensor, which is the last one of `due`.
+
+    Raises:
+        KvpackError: this is not it; a defect of the caller.
+    """
+    expected, spec = due[-1] if due else ("nothing", TensorSpec((), "uint8"))
+    found = TensorSpec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+    if (name, found.shape, found.dtype) != (expected, spec.shape, spec.dtype):
+        raise KvpackError(
+            f"got {name} {found.shape} {found.dtype}, planned was {expected} {spec.shape} {spec.dtype}",
+            where=where,
+            hint="this is a defect in kvpack; please report it",
+        )
+    return spec
+
+
 class TensorFile:
     """A safetensors file under construction; `records` grows with every tensor written."""
 
@@ -74,14 +93,7 @@ class TensorFile:
         Raises:
             KvpackError: it is not the tensor that was announced; a defect of the caller.
         """
-        expected, spec = self._due[-1] if self._due else ("nothing", TensorSpec((), "uint8"))
-        found = TensorSpec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-        if (name, found.shape, found.dtype) != (expected, spec.shape, spec.dtype):
-            raise KvpackError(
-                f"got {name} {found.shape} {found.dtype}, planned was {expected} {spec.shape} {spec.dtype}",
-                where=self._file.path.name,
-                hint="this is a defect in kvpack; please report it",
-            )
+        spec = check_announced(self._due, name, tensor, self._file.path.name)
         data = tensor_bytes(tensor)
         self._file.write(data)
         self.records[name] = TensorRecord(spec.shape, spec.dtype, hashlib.sha256(data).hexdigest())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,12 @@ from kvpack.artifact.layout import INDEX_FILE as INDEX_FILE
 from kvpack.artifact.layout import KV_FILE, MANIFEST_FILE, shard_name
 from kvpack.artifact.manifest import FileRecord, Manifest, TensorRecord
 from kvpack.artifact.paths import check_name
+from kvpack.artifact.spool import PackedShards, Shard
 from kvpack.artifact.tensor_file import TensorFile, split_shards
 from kvpack.core.atomic import NewFolder, require_space, writing
 from kvpack.core.errors import KvpackError, SourceError
 from kvpack.core.types import TensorSpec
+from kvpack.recipe.recipe import StorageRecipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +60,7 @@ class ArtifactWriter:
         self._kv_state: dict[str, TensorRecord] = {}
         self._shards: list[dict[str, TensorSpec]] = []
         self._shard: TensorFile | None = None
+        self._packed: PackedShards | None = None
         self._done = 0
         self._stack = ExitStack()
 
@@ -92,13 +95,27 @@ class ArtifactWriter:
         """Records of everything that is complete."""
         return Written(dict(self._files), dict(self._tensors), dict(self._kv_state))
 
-    def begin_weights(self, specs: Mapping[str, TensorSpec], shard_bytes: int = SHARD_BYTES) -> None:
+    def begin_weights(
+        self,
+        specs: Mapping[str, TensorSpec],
+        shard_bytes: int = SHARD_BYTES,
+        storage: StorageRecipe | None = None,
+        packable: Collection[str] = (),
+    ) -> None:
         """Announce all weight tensors, in the order in which they will come.
+
+        With `storage`, those that are `packable` are packed by it; one file's tensors are then on the
+        disk twice for a moment.
 
         Raises:
             ResourceError: the disk has no room for them.
         """
-        require_space(self._folder.scratch, sum(spec.nbytes for spec in specs.values()))
+        nbytes = sum(spec.nbytes for spec in specs.values())
+        require_space(self._folder.scratch, nbytes + (min(nbytes, shard_bytes) if storage else 0))
+        if storage is not None and specs:
+            self._packed = PackedShards(self._folder.scratch, specs, packable, storage, shard_bytes)
+            self._stack.callback(self._packed.close)
+            return
         self._shards = split_shards(specs, shard_bytes)
         self._next_shard()
 
@@ -109,6 +126,12 @@ class ArtifactWriter:
             KvpackError: it is not the one that was announced.
             ResourceError: the disk is full.
         """
+        if self._packed is not None:
+            self._packed.write(name, tensor)
+            if self._packed.complete:
+                self._take(self._packed.shards)
+                self._packed = None
+            return
         if self._shard is None:
             raise KvpackError(f"{name} comes after the last planned tensor")
         self._shard.write(name, tensor)
@@ -187,6 +210,17 @@ class ArtifactWriter:
             self._done += 1
             path = self._path(shard_name(self._done, len(self._shards)))
             self._shard = self._stack.enter_context(TensorFile(path, self._shards[self._done - 1]))
+
+    def _take(self, shards: Sequence[Shard]) -> None:
+        """Give files of packed tensors their names, now that their number is known."""
+        for number, (path, file, records) in enumerate(shards, start=1):
+            name = shard_name(number, len(shards))
+            with writing(path):
+                path.rename(self._path(name))
+            self._files[name] = file
+            self._tensors.update(records)
+            self._shards.append(dict(records))
+        self._write_index()
 
     def _write_index(self) -> None:
         files = enumerate(self._shards, start=1)

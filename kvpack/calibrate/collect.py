@@ -17,7 +17,7 @@ from kvpack.recipe.plan import PlanePlan
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-GIVEN: tuple[Stream, ...] = ("projection", "rope")
+GIVEN: tuple[Stream, ...] = ("projection", "rope", "consumers")
 """What is known of a layer without a pass over the data."""
 
 
@@ -72,7 +72,7 @@ class InputStats:
             if key not in self._updated:
                 self._updated.add(key)
                 found = self._found.setdefault(key, accumulator(stat.kind))
-                found.update(x.reshape(1, 1, -1, x.shape[-1]))
+                found.update(x.detach().reshape(1, 1, -1, x.shape[-1]))
 
 
 class Chain:
@@ -86,7 +86,7 @@ class Chain:
     Args:
         plane: the parts.
         at: layer, rotary embedding and positions of the tokens that will be seen.
-        given: statistics that need no data, for the two streams that have such, see `Stat`.
+        given: statistics that need no data, for the streams that have such, see `Stat`.
     """
 
     def __init__(self, plane: PlanePlan, at: Site, given: Callable[[Stream], State] | None = None) -> None:

@@ -67,7 +67,7 @@ def sweep(
         ResourceError: the disk cannot take the files.
         SourceError: the model computes NaN or Inf.
     """
-    run = _Sweep(view, reader, tokens, folder, progress)
+    run = GradientSweep(view, reader, tokens, folder, progress)
     require_space(folder / "hidden", run.nbytes(layers))
     run.forward()
     run.head()
@@ -95,7 +95,7 @@ def _asked(kv: KVLayerPlan) -> bool:
     return any(stat.of == "gradient" for part in parts for stat in part.requires())
 
 
-class _Sweep:
+class GradientSweep:
     """One pass: sample by sample within a block, block by block."""
 
     def __init__(
@@ -141,13 +141,21 @@ class _Sweep:
         for sample in range(len(self.tokens)):
             for start in range(0, predicted, step):
                 part = slice(start, min(predicted, start + step))
-                hidden = self._entering(self.blocks, sample)[:, part].requires_grad_()
-                with torch.enable_grad():
-                    found = logits(self.view, hidden)[0].float()
-                    wanted = self.tokens[sample, start + 1 : part.stop + 1]
-                    loss = torch.nn.functional.cross_entropy(found, wanted, reduction="sum") / predicted
-                self.gradient[sample, part] = torch.autograd.grad(loss, hidden)[0][0]
+                self.gradient[sample, part] = self._through_head(sample, part)
         self.view.free_outer()
+
+    def _through_head(self, sample: int, part: slice) -> Tensor:
+        """Gradient of a piece's share of the loss with respect to its hidden states [T, C]."""
+        hidden = self._entering(self.blocks, sample)[:, part].requires_grad_()
+        with torch.enable_grad():
+            loss = self._loss(hidden, sample, part)
+        return torch.autograd.grad(loss, hidden)[0][0]
+
+    def _loss(self, hidden: Tensor, sample: int, part: slice) -> Tensor:
+        found = logits(self.view, hidden)[0].float()
+        wanted = self.tokens[sample, part.start + 1 : part.stop + 1]
+        loss = torch.nn.functional.cross_entropy(found, wanted, reduction="sum")
+        return loss / (self.tokens.shape[1] - 1)
 
     def backward(self, layers: Collection[int]) -> Gradients:
         """Carry the gradients to the first of `layers`."""

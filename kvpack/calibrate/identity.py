@@ -18,7 +18,9 @@ Identity = dict[str, Any]
 def needs_calibration(plan: Plan) -> bool:
     """Whether any part of the plan asks for statistics."""
     solvers = any(w.solver.requires() for w in plan.weights.values())
-    return solvers or any(part.requires() for part in plan.kv_parts())
+    basis = any(transform.requires() for change in plan.basis for transform in change.transforms)
+    sparse = plan.sparsity is not None
+    return solvers or basis or sparse or any(part.requires() for part in plan.kv_parts())
 
 
 def identity(plan: Plan, hashes: Mapping[str, str]) -> Identity:
@@ -49,6 +51,10 @@ def identity(plan: Plan, hashes: Mapping[str, str]) -> Identity:
         "samples": recipe.samples,
         "sample_tokens": recipe.sample_tokens,
         "seed": recipe.seed,
+        "basis": _digest(
+            [[change.role, to_mapping(change.transforms), change.online] for change in plan.basis]
+        ),
+        "sparsity": _digest(None if plan.sparsity is None else to_mapping(plan.sparsity.sites)),
         "weight parts": _digest(weights),
         "kv_cache transforms": _digest(kv),
     }

@@ -7,7 +7,7 @@ block sees inputs that already carry the errors of the packed blocks before it, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,22 +15,27 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvpack.calibrate import experts
+from kvpack.calibrate.basis import BasisFits, check_same
 from kvpack.calibrate.collect import Chain, InputStats
 from kvpack.calibrate.data import Samples
 from kvpack.calibrate.gradients import Gradients, gradients_for
 from kvpack.calibrate.hooks import Recording, finish, record, run_block
 from kvpack.calibrate.identity import identity
 from kvpack.calibrate.solve import solve
+from kvpack.calibrate.sparsity import SparseBlock
 from kvpack.calibrate.store import Calibration, CalibrationWriter
 from kvpack.core.errors import KvpackError, SourceError, UsageError
 from kvpack.core.progress import SILENT, Progress
+from kvpack.core.roles import Codec, Transform
 from kvpack.core.types import Rope, Site, State, Stream
 from kvpack.core.weight_code import prepare_input
+from kvpack.folding import Folding, fitted_without_data, learned
 from kvpack.models.attention_interface import observe
-from kvpack.models.fold import fold, fold_names
+from kvpack.models.fold import fold_names
 from kvpack.models.rope import rope_of
 from kvpack.models.view import ModelView
-from kvpack.models.weights import SourceReader
+from kvpack.recipe.basis import BasisPlan
 from kvpack.recipe.plan import KVLayerPlan, Plan, WeightPlan
 
 if TYPE_CHECKING:
@@ -107,7 +112,9 @@ class Sweep:
     ) -> None:
         self.plan, self.view, self.tokens = plan, view, tokens
         self.writer, self.progress, self.gradients = writer, progress, gradients
-        self.reader = SourceReader.of(plan.model)
+        self.folding = Folding(plan)
+        for change in plan.basis:
+            self.folding.basis.update(fitted_without_data(change))
         self.batch = plan.recipe.recipe.calibration.batch
         self.recordings: dict[int, Recording] = {}
         self.kv = {x.attention.layer: x for x in plan.kv}
@@ -128,6 +135,10 @@ class Sweep:
         self.progress("calibrate", last + 1, last + 1)
 
     def _needed(self, layer: int) -> bool:
+        if any(change.layer == layer and learned(change) for change in self.plan.basis):
+            return True
+        if self.plan.sparsity is not None and self.plan.sparsity.of_layer(layer):
+            return True
         return layer in self.kv or any(w.solver.requires() for w in self._weights(layer).values())
 
     def _weights(self, layer: int | None) -> dict[str, WeightPlan]:
@@ -135,7 +146,8 @@ class Sweep:
 
     def _embed(self) -> Tensor:
         """Hidden states [N, T, C] that enter block 0; float16 is too narrow to keep them in."""
-        self.view.load_outer(self.reader, self.view.base_tensors())
+        self.view.load_outer(self.folding, self.view.base_tensors())
+        self._pack_embedding()
         dtype = torch.bfloat16 if self.view.dtype == torch.bfloat16 else torch.float32
         hidden = torch.empty(*self.tokens.shape, self.plan.model.hidden_size, dtype=dtype)
         for part in self._batches():
@@ -145,29 +157,46 @@ class Sweep:
         self.view.free_outer()
         return hidden
 
+    def _pack_embedding(self) -> None:
+        """Let block 0 see tokens as the artifact embeds them; codes that need data come too late for that."""
+        model = self.plan.model
+        holder = model.tied.get(model.embedding, model.embedding).removesuffix(".weight")
+        weight = self.plan.weights.get(holder)
+        if weight is not None and not weight.solver.requires():
+            self._solve({model.embedding.removesuffix(".weight"): weight}, InputStats({}))
+
     def _batches(self) -> Iterator[slice]:
         for start in range(0, len(self.tokens), self.batch):
             yield slice(start, min(start + self.batch, len(self.tokens)))
 
     def _block(self, layer: int, onward: bool) -> None:
         chains = self._chains(self.kv.get(layer))
-        self.view.load_block(layer, self.reader, torch.float32)
+        self.view.load_block(layer, self.folding, torch.float32)
         weights, kv = self._weights(layer), self.kv.get(layer)
+        count = partial(self._pass, layer, {}, InputStats({}), keep=False)
+        self.writer.add_experts(experts.find_cold(self.plan, layer, self.view, count))
+        self._fit_basis(layer)
         if kv is not None and kv.folded_planes:
             while not all(chains[plane].transforms_fitted for plane in kv.folded_planes):
                 self._pass(layer, chains, InputStats({}), keep=False)
             self._fold(kv, chains)
         inputs = InputStats({n: w.solver.requires() for n, w in weights.items()})
+        sparse = SparseBlock(self.plan, layer, self.view)
         passes = max([bool(inputs.wanted), *(c.passes for c in chains.values())])
         for index in range(passes):
-            keep = onward and not weights and index == passes - 1
+            keep = onward and not (weights or sparse.sites) and index == passes - 1
             self._pass(layer, chains, inputs if index == 0 else InputStats({}), keep=keep)
         if kv is not None:
             for plane, chain in chains.items():
                 self.writer.add_states(layer, plane, chain.states)
         self._solve(weights, inputs)
-        if onward and (weights or not passes):
-            self._pass(layer, {}, InputStats({}), keep=True)
+        while sparse.unfinished:
+            self._pass(layer, {}, sparse, keep=False)
+            sparse.close()
+        experts.release(self.view, layer)
+        if sparse.sites or (onward and (weights or not passes)):
+            self._pass(layer, {}, sparse, keep=onward)
+        self.writer.add_thresholds(sparse.thresholds, sparse.active)
         self.view.free_block(layer)
         self.writer.flush(f"block-{layer:05d}.safetensors")
 
@@ -200,7 +229,7 @@ class Sweep:
         rows = torch.cat([torch.arange(start, stop) for start, stop in projection.heads])
         names = {name: f"{projection.linear}.{name}" for name in ("weight", "bias")}
         known = self.plan.model.tensors
-        found = {n: self.reader.read(full)[rows].float() for n, full in names.items() if full in known}
+        found = {n: self.folding.read(full)[rows].float() for n, full in names.items() if full in known}
         return found | {"heads": torch.tensor(len(projection.heads))}
 
     def _pass(self, layer: int, chains: Mapping[str, Chain], inputs: InputStats, *, keep: bool) -> None:
@@ -232,16 +261,20 @@ class Sweep:
 
     @contextmanager
     def _prepared(self, layer: int, *, quantised: bool) -> Iterator[None]:
-        """Give layers their input as the artifact does: approximated, where it is, once they are packed."""
+        """Give layers their input as the artifact does: in their basis, and once packed approximated."""
         handles = []
-        for name, weight in self._weights(layer).items() if quantised else ():
+        for name, weight in self._weights(layer).items():
+            transforms, inputs = weight.online, weight.inputs if quantised else None
 
             def prepare(
-                module: torch.nn.Module, args: tuple[Tensor, ...], weight: WeightPlan = weight
+                module: torch.nn.Module,
+                args: tuple[Tensor, ...],
+                transforms: tuple[Transform, ...] = transforms,
+                inputs: Codec | None = inputs,
             ) -> tuple[Tensor, ...]:
-                return (prepare_input(args[0], (), (), weight.inputs), *args[1:])
+                return (prepare_input(args[0], transforms, inputs), *args[1:])
 
-            if weight.inputs is not None:
+            if transforms or inputs is not None:
                 handles.append(self.view.module(name).register_forward_pre_hook(prepare))
         try:
             yield
@@ -258,17 +291,47 @@ class Sweep:
             )
         self.hidden[part] = result.to(self.hidden.dtype)
 
+    def _fit_basis(self, layer: int) -> None:
+        """Fit what changes the basis of this block's tensors, and fold it into the block.
+
+        Changes of different tensors are measured together; a second one of the same tensor, in the
+        basis of the first.
+        """
+        left = [c for c in self.plan.basis if c.layer == layer and c.number not in self.folding.basis]
+        while left:
+            places = [change.place.name for change in left]
+            count = next((i for i, name in enumerate(places) if name in places[:i]), len(left))
+            self._fit_changes(layer, left[:count])
+            left = left[count:]
+
+    def _fit_changes(self, layer: int, changes: Sequence[BasisPlan]) -> None:
+        fits = BasisFits(changes, self.view, self.plan.model.attention[layer])
+        while fits.unfinished:
+            with fits.attached():
+                self._pass(layer, {}, InputStats({}), keep=False)
+            fits.close()
+        hidden = self.hidden[next(self._batches())].float()
+        recording = self.recordings[len(hidden)]
+        with self._prepared(layer, quantised=False):
+            before = run_block(self.view, layer, hidden, recording)
+        for change in changes:
+            self.folding.basis[change.number] = fits.states(change)
+            self.writer.add_basis(change, fits.states(change))
+        names = sorted({name for change in changes for name in self.folding.names(change)})
+        self.view.fill({name: self.folding.exact(name) for name in names})
+        with self._prepared(layer, quantised=False):
+            check_same(before, run_block(self.view, layer, hidden, recording), layer, self.plan.model)
+        self.view.fill({name: self.folding.read(name) for name in names})
+
     def _fold(self, kv: KVLayerPlan, chains: Mapping[str, Chain]) -> None:
-        """Fold what the plan folds, rounding to the checkpoint's dtype as the export does."""
+        """Fold what the plan folds of the cache's transforms, as the export does."""
         names = {n for plane in kv.folded_planes for n in fold_names(kv.attention, plane)}
-        tensors = {n: self.reader.read(n) for n in sorted(names & self.plan.model.tensors.keys())}
-        folded = dict(tensors)
         for plane in kv.folded_planes:
             chain = chains[plane]
-            states = chain.states[: len(chain.transforms)]
-            folded |= fold(plane, kv.attention, folded, chain.transforms, states)
+            self.folding.kv[kv.attention.layer, plane] = chain.states[: len(chain.transforms)]
             chain.folded = True
-        self.view.fill({n: t.to(tensors[n].dtype) for n, t in folded.items()}, torch.float32)
+        known = sorted(names & self.plan.model.tensors.keys())
+        self.view.fill({name: self.folding.read(name) for name in known}, torch.float32)
 
     def _solve(self, weights: Mapping[str, WeightPlan], inputs: InputStats) -> None:
         """Replace every packed weight by its approximation; keep the codes that needed data."""
@@ -292,11 +355,16 @@ class Sweep:
             stats["consumers.weight"] = {"weight": torch.cat(rows)}
         return stats
 
+    def _applied(self, weight: WeightPlan) -> str:
+        """The layer whose input is multiplied by a weight: not always the one that holds it."""
+        applied = self.plan.model.applied(weight.linear)
+        return weight.linear.name if applied is None else applied.name
+
     def _head(self, outside: Mapping[str, WeightPlan]) -> None:
-        """Linear layers behind the last block, usually the head."""
+        """Linear layers behind the last block, usually the head; a tied one may be the embedding."""
         inputs = InputStats({n: w.solver.requires() for n, w in outside.items()})
-        self.view.load_outer(self.reader)
-        modules = {name: self.view.module(name) for name in inputs.wanted}
+        self.view.load_outer(self.folding)
+        modules = {name: self.view.module(self._applied(outside[name])) for name in inputs.wanted}
         for part in self._batches():
             last = finish(self.view, self.hidden[part].to(self.view.dtype), self.tokens[part])
             with inputs.attached(modules):

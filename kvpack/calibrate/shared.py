@@ -55,7 +55,7 @@ def sharing(plans: Sequence[Plan], hashes: Mapping[str, str]) -> list[list[list[
 
 def _passive(plan: Plan) -> bool:
     """Whether calibrating the plan changes no weight."""
-    return not plan.weights
+    return not plan.weights and not plan.basis and plan.sparsity is None
 
 
 def _asks(plan: Plan, stream: Stream) -> bool:
@@ -227,7 +227,7 @@ class _SharedSweep(Sweep):
         return any(layer in member.kv for member in self.members)
 
     def _block(self, layer: int, onward: bool) -> None:
-        self.view.load_block(layer, self.reader, torch.float32)
+        self.view.load_block(layer, self.folding, torch.float32)
         made = self._members_chains(layer)
         several = {name: _Chains([(m, c[name]) for m, c in made if name in c]) for name in CHAINS}
         chains = cast("dict[str, Chain]", several)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from kvpack import ops
 from kvpack.core.errors import KvpackError
 from kvpack.core.types import State
 
@@ -65,15 +66,26 @@ class Gram(Accumulator):
     """Sum of x^T x over tokens, float32 [C, C]: what GPTQ calls half the Hessian."""
 
     kind, name = "gram", "gram"
+    STEP: ClassVar[int] = 512
 
     def measure(self, x: Tensor) -> Tensor:
-        """x^T x."""
+        """x^T x, of which only the upper triangle is right: half the work where there are many channels."""
         flat = x.reshape(-1, x.shape[-1]).float()
-        return flat.T @ flat
+        total = flat.new_zeros(flat.shape[1], flat.shape[1])
+        for start in range(0, flat.shape[1], self.STEP):
+            part = slice(start, start + self.STEP)
+            torch.mm(flat[:, part].T, flat[:, start:], out=total[part, start:])
+        return total
 
     def combine(self, total: Tensor, part: Tensor) -> Tensor:
         """Add."""
         return total.add_(part)
+
+    def state(self) -> State:
+        """The whole matrix and the number of tokens."""
+        found = super().state()
+        upper = found[self.name].triu()
+        return {**found, self.name: upper + upper.triu(1).mT}
 
 
 class ChannelSum(Accumulator):
@@ -84,6 +96,48 @@ class ChannelSum(Accumulator):
     def measure(self, x: Tensor) -> Tensor:
         """Sum over B and T."""
         return x.double().sum(dim=(0, 2))
+
+    def combine(self, total: Tensor, part: Tensor) -> Tensor:
+        """Add."""
+        return total.add_(part)
+
+
+class ChannelSquare(Accumulator):
+    """Sum of the squares of every channel over batch and tokens, float64 [K, D]."""
+
+    kind, name = "channel_square", "squares"
+
+    def measure(self, x: Tensor) -> Tensor:
+        """Sum over B and T."""
+        return x.double().square().sum(dim=(0, 2))
+
+    def combine(self, total: Tensor, part: Tensor) -> Tensor:
+        """Add."""
+        return total.add_(part)
+
+
+class ChannelMagnitude(Accumulator):
+    """Sum of the magnitudes of every channel over batch and tokens, float64 [K, D]."""
+
+    kind, name = "channel_magnitude", "sum"
+
+    def measure(self, x: Tensor) -> Tensor:
+        """Sum over B and T."""
+        return x.double().abs().sum(dim=(0, 2))
+
+    def combine(self, total: Tensor, part: Tensor) -> Tensor:
+        """Add."""
+        return total.add_(part)
+
+
+class Magnitudes(Accumulator):
+    """How often every channel has which magnitude: "counts" int64 [K*D, bins] of `ops.thresholds`."""
+
+    kind, name = "magnitudes", "counts"
+
+    def measure(self, x: Tensor) -> Tensor:
+        """A histogram per channel."""
+        return ops.thresholds.histogram(x.transpose(1, 2).flatten(2).flatten(0, 1))
 
     def combine(self, total: Tensor, part: Tensor) -> Tensor:
         """Add."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,15 @@ from safetensors.torch import load_file, save
 
 from kvpack import __version__
 from kvpack.calibrate.data import Samples
+from kvpack.calibrate.experts import summary
 from kvpack.calibrate.identity import Identity, identity
 from kvpack.calibrate.solve import Solved
 from kvpack.core.atomic import new_folder
 from kvpack.core.errors import ArtifactError, CalibrationMismatch
 from kvpack.core.types import State
+from kvpack.recipe.basis import BasisPlan, basis_state
 from kvpack.recipe.plan import Plan, state_name
+from kvpack.recipe.sparsity import THRESHOLD
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +51,8 @@ class CalibrationWriter:
         self._files: dict[str, str] = {}
         self._linears: dict[str, dict[str, Any]] = {}
         self._kv: dict[str, dict[str, int]] = {}
+        self._experts: dict[str, int] = {}
+        self._thresholds: dict[str, dict[str, Any]] = {}
         self._waiting: list[dict[str, Any]] = []
 
     def __enter__(self) -> CalibrationWriter:
@@ -68,6 +74,22 @@ class CalibrationWriter:
         self._kv.setdefault(str(layer), {})[plane] = len(states)
         for index, state in enumerate(states):
             self._pending.update({state_name(layer, plane, index, n): t for n, t in state.items()})
+
+    def add_basis(self, change: BasisPlan, states: Sequence[State]) -> None:
+        """Keep what a change of basis learned for the next file; its transforms' states, in order."""
+        for index, state in enumerate(states):
+            self._pending.update({basis_state(change.number, index, n): t for n, t in state.items()})
+
+    def add_experts(self, tokens: Mapping[str, int]) -> None:
+        """Note how many tokens were routed to each expert, by its path."""
+        self._experts.update(tokens)
+
+    def add_thresholds(self, thresholds: Mapping[str, Tensor], active: Callable[[str], float]) -> None:
+        """Keep thresholds by path of their module, and what share of the numbers they let pass."""
+        for module, threshold in thresholds.items():
+            self._pending[f"{module}.{THRESHOLD}"] = threshold
+            self._thresholds[module] = {"active": float(f"{active(module):.6g}")}
+            self._waiting.append(self._thresholds[module])
 
     def add_payload(self, linear: str, solved: Solved) -> None:
         """Keep the codes of a linear layer for the next file."""
@@ -114,8 +136,11 @@ class CalibrationWriter:
             },
             "linears": self._linears,
             "kv": self._kv,
+            "thresholds": self._thresholds,
             "files": self._files,
         }
+        if self._experts:
+            manifest["experts"] = summary(self._experts)
         text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
         (self._folder / MANIFEST).write_text(text, encoding="utf-8")
 
@@ -126,6 +151,7 @@ class Calibration:
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path, self.manifest = path, manifest
         self._loaded: tuple[str, dict[str, Tensor]] = ("", {})
+        self._lock = Lock()  # an export reads in several threads
 
     @classmethod
     def open(cls, path: Path) -> Calibration:
@@ -156,7 +182,14 @@ class Calibration:
         """What was measured on what: fields that belong into an artifact's manifest."""
         who = self.manifest["identity"]
         names = ("data", "samples", "sample_tokens", "seed")
-        return {**{name: who[name] for name in names}, "data_sha256": self.manifest["data"]["sha256"]}
+        found = {**{name: who[name] for name in names}, "data_sha256": self.manifest["data"]["sha256"]}
+        return {**found, "experts": self.experts} if self.experts else found
+
+    @property
+    def experts(self) -> dict[str, Any]:
+        """How many experts were measured and which were cold; empty for a model without experts."""
+        found = self.manifest.get("experts", {})
+        return {name: found[name] for name in found if name != "tokens"}
 
     @property
     def output_errors(self) -> dict[str, float]:
@@ -202,6 +235,18 @@ class Calibration:
             raise ArtifactError(f"{linear}.{missing[0]} is missing", where=str(self.path / entry["file"]))
         return {n: tensors[f"{linear}.{n}"] for n in entry["tensors"]}
 
+    def threshold(self, module: str) -> tuple[Tensor, float]:
+        """The threshold of an FFN or a linear layer, and the share of numbers that it let pass.
+
+        Raises:
+            ArtifactError: the calibration has none, or its file is damaged.
+        """
+        entry = self.manifest.get("thresholds", {}).get(module)
+        tensors = {} if entry is None else self._read(entry["file"])
+        if f"{module}.{THRESHOLD}" not in tensors:
+            raise ArtifactError(f"has no threshold of {module}", where=str(self.path))
+        return tensors[f"{module}.{THRESHOLD}"], entry["active"]
+
     def states(self, layer: int, plane: str) -> tuple[State, ...]:
         """States of the transforms of one plane, in order; stateless ones are empty.
 
@@ -215,8 +260,25 @@ class Calibration:
         tensors = self._read(file) if file in self.manifest["files"] else {}
         return tuple(dict(_below(tensors, state_name(layer, plane, i, ""))) for i in range(counts[plane]))
 
+    def basis_states(self, change: BasisPlan) -> tuple[State, ...]:
+        """What the transforms of a change of basis learned, in order; stateless ones are empty.
+
+        Raises:
+            ArtifactError: the file is damaged.
+        """
+        if change.layer is None or not any(change.states):
+            return tuple(transform.fit({}) for transform in change.transforms)
+        tensors = self._read(f"block-{change.layer:05d}.safetensors")
+        return tuple(
+            dict(_below(tensors, basis_state(change.number, i, ""))) for i in range(len(change.transforms))
+        )
+
     def _read(self, file: str) -> dict[str, Tensor]:
         """Tensors of a file; the last one stays, as neighbours are asked for together."""
+        with self._lock:
+            return self._read_once(file)
+
+    def _read_once(self, file: str) -> dict[str, Tensor]:
         if self._loaded[0] != file:
             path = self.path / file
             if _sha256(path) != self.manifest["files"].get(file):

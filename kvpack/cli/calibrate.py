@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpack.cli.budget import Cache, TargetBpw, TargetSize, with_target
+from kvpack.cli.experts import expert_lines
 from kvpack.cli.options import (
     AllowDownload,
     Data,
@@ -46,6 +48,9 @@ def calibrate(
     sinks: Sinks = False,
     data: Data = None,
     overrides: Overrides = None,
+    target_bpw: TargetBpw = None,
+    target_size: TargetSize = None,
+    cache: Cache = None,
     force: Force = False,
     dry_run: DryRun = False,
     allow_download: AllowDownload = False,
@@ -57,7 +62,10 @@ def calibrate(
     if recipe is None and not sinks:
         raise UsageError("nothing to measure", hint="name a --recipe, or pass --sinks")
     access = Access(allow_download, trust_remote_code)
-    plan = pipeline.make_plan(model, recipe or _MEASURE, with_data(overrides, data), access)
+    changes = with_target(with_data(overrides, data), target_bpw, target_size)
+    plan = pipeline.make_plan(
+        model, recipe or _MEASURE, changes, access, cache=cache, progress=session.progress
+    )
     if dry_run:
         return plan_result(plan)
     made = pipeline.calibrate(
@@ -67,7 +75,7 @@ def calibrate(
     if sinks:
         lines.append(f"to see the attention sinks: {shlex.join(['kvpack', 'inspect', str(output)])}")
     if recipe is not None:
-        lines.append(f"next: {_export_command(model, recipe, with_data(overrides, data), output)}")
+        lines.append(f"next: {_export_command(model, recipe, changes, output)}")
     return Result(_data(made, output), tuple(lines))
 
 
@@ -80,6 +88,7 @@ def _data(made: Calibration, output: Path) -> dict[str, Any]:
         "solved_layers": len(errors),
         "worst_output_error": None if worst is None else {"linear": worst, "relative": errors[worst]},
         "output_errors": errors,
+        "experts": made.experts or None,
     }
 
 
@@ -88,7 +97,7 @@ def _lines(made: Calibration, output: Path) -> list[str]:
     lines = [f"wrote {output}: {made.manifest['tokens']:,} tokens, {len(errors)} layers solved"]
     if worst is not None:
         lines.append(f"largest relative output error: {errors[worst]:.4f} in {worst}")
-    return lines
+    return [*lines, *expert_lines(made.experts)]
 
 
 def _worst(made: Calibration) -> str | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kvpack.calibrate.recall_text import RecallSettings
+from kvpack.cli.budget import Cache, compared_bits
 from kvpack.cli.comparison import comparison_data, comparison_lines, protocol_line
 from kvpack.cli.options import (
     KV,
@@ -43,7 +45,7 @@ Recipes = Annotated[
         "-r",
         metavar="NAMES",
         help="Names, variants, paths or patterns, separated by commas: kivi,kivi@4bit,rotatekv@*. "
-        "all: every bundled recipe with a KV-cache scheme. Repeatable.",
+        "all: every bundled recipe with a KV-cache scheme; all-weights: those that pack weights. Repeatable.",
     ),
 ]
 Budget = Annotated[
@@ -53,12 +55,42 @@ Budget = Annotated[
     ),
 ]
 
+Compared = Annotated[
+    str,
+    typer.Option(
+        "--axis",
+        metavar="kv|weights",
+        help="Which bits to compare. weights: stored bits per weight, scored by a plain forward.",
+    ),
+]
+TargetBpws = Annotated[
+    str | None,
+    typer.Option(
+        "--target-bpw",
+        metavar="LIST",
+        help="With --axis weights: make every recipe for each of these bits per parameter, everything "
+        "counted, such as 2.5,3,4.",
+    ),
+]
+PackedBpws = Annotated[
+    str | None,
+    typer.Option(
+        "--packed-bpw",
+        metavar="LIST",
+        help="The same with bits of the packed layers only, whatever embedding and head take.",
+    ),
+]
+
 
 def compare(
     session: Session,
     model: Model,
     recipes: Recipes,
     budget_bits: Budget = None,
+    axis: Compared = "kv",
+    target_bpw: TargetBpws = None,
+    packed_bpw: PackedBpws = None,
+    cache: Cache = None,
     data: Text = "builtin:stdlib",
     overrides: Overrides = None,
     context: Context = 512,
@@ -85,8 +117,11 @@ def compare(
     settings = EvaluationSettings(data, context, max_tokens, step, protocols=protocols_of(kv))
     size = RecallSettings(recall_tokens, recall_facts, recall_questions, sequences, recall_seed)
     recall = size if is_recall(task, data) else None
+    bits, targets = compared_bits(axis, target_bpw, packed_bpw, recall is not None)
+    job = Job(model, _split(recipes), overrides or (), budget_bits, settings, recall)
+    sinks = draws_page(report) and bits == "kv"
     made = run(
-        Job(model, _split(recipes), overrides or (), budget_bits, settings, recall, draws_page(report)),
+        replace(job, sinks=sinks, axis=bits, targets=targets, cache=cache),
         access=Access(allow_download, trust_remote_code),
         found=lambda entry: session.progress.say(_finished(entry)),
         progress=session.progress,

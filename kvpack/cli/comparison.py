@@ -6,11 +6,18 @@ from typing import Any
 
 from kvpack.cli.console import table
 from kvpack.evaluate.cells import cells, headings, source_cells, subject, units
-from kvpack.evaluate.frontier import AnyEvaluation, Comparison, Entry, names_of
+from kvpack.evaluate.frontier import AnyEvaluation, Axis, Comparison, Entry, names_of
 from kvpack.evaluate.scores import Evaluation, RecallEvaluation
 
 LETTERS = {"prefill": "A", "decode": "B"}
 """Short names of the protocols, as the literature's tables have them."""
+
+
+_LEGENDS: dict[Axis, str] = {
+    "kv": "A: one forward, everything encoded; B: step by step, recent tokens exact",
+    "packed": "bits: stored per weight of the packed layers, scales and zeros counted",
+    "all": "bits: stored per parameter, everything counted",
+}
 
 
 def protocol_line(found: AnyEvaluation, protocol: str) -> str:
@@ -29,6 +36,7 @@ def comparison_data(made: Comparison) -> dict[str, Any]:
     return {
         "model": made.model,
         **_subject(next(iter(made.measured))),
+        "axis": made.axis,
         "source_bits": made.source_bits,
         "budget_bits": made.budget_bits,
         "frontier": {name: [p.recipe for p in made.frontier(name)] for name in made.protocols},
@@ -62,12 +70,14 @@ def _entry_data(made: Comparison, entry: Entry) -> dict[str, Any]:
     packed = {name: _metrics(found, name) for name in found.packed}
     if made.budget_bits is not None:
         for name, values in packed.items():
-            values["fits"] = name in found.kv_bits and found.kv_bits[name] <= made.budget_bits
+            bits = made.bits(found, name)
+            values["fits"] = bits is not None and bits <= made.budget_bits
     data |= {"packed": packed, "bits_per_weight": found.bits_per_weight}
     if isinstance(found, RecallEvaluation):
         return data
     return {
         **data,
+        "packed_bits": found.packed_bits,
         "step_tokens": found.step_tokens,
         "kv_bytes_per_token": found.kv_bytes_per_token,
         "layer_errors": found.layer_errors,
@@ -91,7 +101,7 @@ def comparison_lines(made: Comparison) -> list[Any]:
         subject(first),
         table(columns, [_source_row(made), *rows], right=("w bits", *numbers, "s")),
         *(f"not measured: {e.recipe}: {e.reason}" for e in made.ranked() if e.evaluation is None),
-        f"A: one forward, everything encoded; B: step by step, recent tokens exact; {units(first)}",
+        f"{_LEGENDS[made.axis]}; {units(first)}",
         *_best_lines(made, letters),
     ]
 
@@ -102,7 +112,7 @@ def _best_lines(made: Comparison, letters: dict[str, str]) -> list[str]:
     lines = []
     for name, letter in letters.items():
         best = made.best(name)
-        text = "none" if best is None else f"{best.recipe}, {best.kv_bits:.2f} bits"
+        text = "none" if best is None else f"{best.recipe}, {best.bits:.2f} bits"
         lines.append(f"best within {made.budget_bits:g} bits, {letter}: {text}")
     return lines
 
@@ -119,8 +129,8 @@ def _row(made: Comparison, entry: Entry) -> list[str]:
         return [entry.recipe]
     numbers: list[str] = []
     for name in made.protocols:
-        bits = f"{found.kv_bits[name]:.2f}" if name in found.kv_bits else ""
-        numbers += [bits, *cells(found, name)]
+        bits = made.bits(found, name)
+        numbers += ["" if bits is None else f"{bits:.2f}", *cells(found, name)]
     on = [LETTERS.get(n, n) for n in made.protocols if entry.recipe in names_of(made.frontier(n))]
     row = [entry.recipe, f"{found.bits_per_weight:.2f}", *numbers, " ".join(on)]
     return [*row, *([_budget(made, entry)] if made.budget_bits else []), f"{entry.seconds:.1f}"]

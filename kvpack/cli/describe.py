@@ -20,6 +20,8 @@ def describe(part: Part) -> str:
         value = getattr(part, name)
         if isinstance(value, Part):
             words.append(f"{name} ({describe(value)})")
+        elif isinstance(value, tuple) and value and all(isinstance(v, Part) for v in value):
+            words.append(f"{name} ({'; '.join(describe(v) for v in value)})")
         elif isinstance(value, Group):
             words.append(f"{name} {value.axis}/{value.size}")
         elif type(value) is int or value != field.default:

@@ -32,6 +32,7 @@ from kvpack.cli.recall import (
 )
 from kvpack.cli.report_file import ForceReport, Report, check_report, write_report
 from kvpack.cli.run import Result, Session
+from kvpack.cli.sparsity import activity_lines
 from kvpack.core.access import Access
 from kvpack.core.types import ITEM_BYTES
 from kvpack.evaluate.cells import subject
@@ -121,6 +122,7 @@ def evaluation_data(found: Evaluation) -> dict[str, Any]:
         "bits_per_weight": found.bits_per_weight,
         "layer_errors": found.layer_errors,
         "retrieval": found.retrieval,
+        "sparse_activations": found.activity or None,
     }
 
 
@@ -137,6 +139,8 @@ def evaluation_lines(found: Evaluation) -> list[Any]:
     if found.kv_bits_per_element is not None and found.kv_bytes_per_token is not None:
         held = f"{human_bytes(found.kv_bytes_per_token)} per token, measured after each chunk"
         lines.append(f"KV cache: {found.kv_bits_per_element:.2f} bits per element, {held}")
+    if found.activity:
+        lines += ["every token is scored sparse, those of prompts too", *activity_lines(found.activity)]
     if found.retrieval is not None:
         recall = ", ".join(f"{r:.1%} at {share}" for share, r in found.retrieval.recall.items())
         read = f"{found.retrieval.read:.1%} of the tokens per head, {found.retrieval.fetched:.1%} per KV head"

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvpack.cli.budget import Cache, TargetBpw, TargetSize, with_target
+from kvpack.cli.experts import expert_lines
 from kvpack.cli.options import (
     AllowDownload,
     Data,
@@ -52,6 +54,9 @@ def export(
     calibration: CalibrationFolder = None,
     data: Data = None,
     overrides: Overrides = None,
+    target_bpw: TargetBpw = None,
+    target_size: TargetSize = None,
+    cache: Cache = None,
     force: Force = False,
     dry_run: DryRun = False,
     shard_size: ShardSize = "4GB",
@@ -63,7 +68,8 @@ def export(
 
     access = Access(allow_download, trust_remote_code)
     shard_bytes = byte_count(shard_size)
-    plan = pipeline.make_plan(model, recipe, with_data(overrides, data), access)
+    changes = with_target(with_data(overrides, data), target_bpw, target_size)
+    plan = pipeline.make_plan(model, recipe, changes, access, cache=cache, progress=session.progress)
     if dry_run:
         return plan_result(plan)
     made = pipeline.export(
@@ -80,6 +86,7 @@ def export(
 
 def _result(made: Exported, plan: Plan) -> Result:
     totals = made.manifest.totals
+    experts = (made.manifest.calibration or {}).get("experts")
     found = {
         "path": str(made.path),
         "bytes": made.nbytes,
@@ -87,12 +94,14 @@ def _result(made: Exported, plan: Plan) -> Result:
         "planned_weight_bytes": sum(t.nbytes for t in plan.artifact_tensors().values()),
         "bits_per_weight": totals.bits_per_weight,
         "source_bytes": plan.model.nbytes,
+        "experts": experts,
         "files": sorted(made.manifest.files),
     }
     weights = f"{human_bytes(totals.weight_bytes)}, {totals.bits_per_weight:.2f} bits per weight"
     lines = (
         f"wrote {made.path}: {human_bytes(made.nbytes)} in {len(made.manifest.files) + 1} files",
         f"weights: {weights}; the source has {human_bytes(plan.model.nbytes)}",
+        *expert_lines(experts),
         f'next: kvpack verify {made.path}, or in Python: kvpack.load("{made.path}")',
     )
     return Result(found, lines)

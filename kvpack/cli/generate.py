@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvpack.cli.options import Artifact, TrustRemoteCode
+from kvpack.cli.options import Artifact, MaxSlowdown, MaxWeightMemory, TrustRemoteCode, byte_count, share
 from kvpack.cli.run import Result, Session
+from kvpack.cli.sparsity import activity_lines
 from kvpack.report import human_bytes
 
 if TYPE_CHECKING:
     from kvpack.loading.generate import Generated
+    from kvpack.loading.residency import Residency
 
 
 def generate(
@@ -29,6 +31,8 @@ def generate(
     stats: Annotated[
         bool, typer.Option("--stats", help="Also print tokens and the size of the KV cache.")
     ] = False,
+    max_slowdown: MaxSlowdown = None,
+    max_weight_memory: MaxWeightMemory = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Result:
     """Continue a prompt with the packed model and its compressed cache."""
@@ -40,12 +44,32 @@ def generate(
         max_new_tokens=max_new_tokens,
         sample=sample,
         seed=seed,
+        max_slowdown=None if max_slowdown is None else share(max_slowdown),
+        max_weight_bytes=None if max_weight_memory is None else byte_count(max_weight_memory),
         trust_remote_code=trust_remote_code,
     )
     lines = [made.text]
     if stats:
-        lines += ["", f"{made.tokens} tokens; {_cache_text(made)}"]
+        lines += ["", f"{made.tokens} tokens; {_cache_text(made)}", *activity_lines(made.activity)]
+    if made.residency is not None:
+        lines += ["", *_residency_lines(made.residency)]
     return Result(made, tuple(lines))
+
+
+def _residency_lines(found: Residency) -> list[str]:
+    """What stays packed in memory, and what it costs: predicted and measured."""
+    kept = found.raw_bytes - found.saved_bytes
+    lines = [
+        f"weights in memory: {human_bytes(kept)} instead of {human_bytes(found.raw_bytes)}; "
+        f"{len(found.packed)} of {found.layers} layers stay losslessly coded"
+    ]
+    base, predicted, measured = found.base_seconds, found.predicted_seconds, found.measured_seconds
+    if base and predicted and measured:
+        lines.append(
+            f"one token: {1000 * measured:.2f} ms ({measured / base - 1:+.1%}), predicted "
+            f"{1000 * predicted:.2f} ms ({predicted / base - 1:+.1%}), all unpacked {1000 * base:.2f} ms"
+        )
+    return lines
 
 
 def _cache_text(made: Generated) -> str:

@@ -11,8 +11,10 @@ import typer
 
 from kvpack.cli.console import table
 from kvpack.cli.describe import describe, side_text
+from kvpack.cli.experts import expert_lines
 from kvpack.cli.inspect_calibration import CALIBRATION_FILE, inspect_calibration
 from kvpack.cli.run import Result, Session
+from kvpack.cli.sparsity import sparsity_data, sparsity_lines
 from kvpack.core.errors import SourceError
 from kvpack.recipe.build import to_mapping
 from kvpack.report import human_bytes, kv_bytes_per_token
@@ -70,8 +72,10 @@ def _artifact(path: Path) -> Result:
         "weight_bytes": totals.weight_bytes,
         "bits_per_weight": totals.bits_per_weight,
         "weights": _schemes(manifest),
+        "lossless": _lossless(manifest),
         "copied_tensors": len(manifest.copied),
         "dropped": [{"name": d.name, "reason": d.reason} for d in manifest.dropped],
+        "sparsity": sparsity_data(manifest.sparsity),
         "kv": _kv(manifest),
         "calibration": manifest.calibration,
         "files": {name: record.bytes for name, record in manifest.files.items()},
@@ -89,6 +93,10 @@ def _artifact_lines(data: dict[str, Any], manifest: Manifest) -> list[Any]:
         ("files", f"{len(data['files'])}, {human_bytes(manifest.nbytes)}"),
         ("weights", f"{human_bytes(data['weight_bytes'])}, {data['bits_per_weight']:.2f} bits per weight"),
     ]
+    if coded := data["lossless"]:
+        sizes = f"{human_bytes(coded['bytes'])} for {human_bytes(coded['unpacked_bytes'])}"
+        ratio = coded["unpacked_bytes"] / coded["bytes"]
+        head.append(("lossless", f"{sizes}, {ratio:.3f}x, {coded['tensors']} tensors coded"))
     lines: list[Any] = [table(("artifact", f"format {manifest.format_version}"), head)]
     if data["weights"]:
         rows = [
@@ -97,6 +105,10 @@ def _artifact_lines(data: dict[str, Any], manifest: Manifest) -> list[Any]:
         ]
         columns = ("packed weights", "tensors", "bits/w", "bytes", "worst error")
         lines += ["", table(columns, rows, right=columns[1:])]
+    if found := expert_lines((data["calibration"] or {}).get("experts")):
+        lines += ["", *found]
+    if sparse := sparsity_lines(data["sparsity"]):
+        lines += ["", *sparse]
     if kv := data["kv"]:
         last = manifest.kv[-1]
         about = [
@@ -135,6 +147,18 @@ def _schemes(manifest: Manifest) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _lossless(manifest: Manifest) -> dict[str, Any] | None:
+    """What lossless coding saves on the tensors that it was used on; None where it was not."""
+    coded = [r for linear in manifest.weights.values() for r in linear.tensors.values() if r.packed]
+    if not coded:
+        return None
+    return {
+        "tensors": len(coded),
+        "bytes": sum(record.nbytes for record in coded),
+        "unpacked_bytes": sum(record.logical.nbytes for record in coded),
+    }
 
 
 def _kv(manifest: Manifest) -> dict[str, Any] | None:

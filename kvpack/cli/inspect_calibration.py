@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpack.cli.console import table
+from kvpack.cli.experts import expert_lines
 from kvpack.cli.run import Result
 from kvpack.cli.sinks import sink_lines
 from kvpack.core.errors import ArtifactError
@@ -40,6 +41,8 @@ def inspect_calibration(path: Path) -> Result:
             "solved_layers": len(linears),
             "output_errors": linears,
             "kv_layers": len(content["kv"]),
+            "experts": content.get("experts"),
+            "active": {name: entry["active"] for name, entry in content.get("thresholds", {}).items()},
             "bytes": sum((path / name).stat().st_size for name in content["files"]),
             "versions": dict(content["versions"]),
             "sinks": _sinks(path, content["files"]),
@@ -79,6 +82,8 @@ def _lines(path: Path, data: dict[str, Any]) -> list[Any]:
     lines: list[Any] = [table(("calibration", str(path)), rows)]
     if errors := {name: e for name, e in data["output_errors"].items() if e is not None}:
         lines += ["", _error_table(errors)]
+    if found := expert_lines(data["experts"]):
+        lines += ["", *found]
     if data["sinks"] is not None:
         lines += ["", *sink_lines(data["sinks"])]
     return lines

@@ -89,6 +89,24 @@ KV = Annotated[
     ),
 ]
 
+MaxSlowdown = Annotated[
+    str | None,
+    typer.Option(
+        "--max-slowdown",
+        metavar="SHARE",
+        help="Keep layers losslessly coded in memory while a token takes at most this much longer, such "
+        "as 5%; measured on this machine.",
+    ),
+]
+MaxWeightMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-weight-memory",
+        metavar="SIZE",
+        help="Keep layers losslessly coded in memory so that all weights take at most this, such as 200MB.",
+    ),
+]
+
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -103,6 +121,18 @@ def byte_count(text: str) -> int:
     if count < 1:
         raise UsageError(f"cannot read the size {text!r}", hint="write for example 4GB or 512MiB")
     return count
+
+
+def share(text: str) -> float:
+    """`"5%"` -> 0.05; a plain number is the share itself.
+
+    Raises:
+        UsageError: no number, or a negative one.
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(%?)", text.strip())
+    if not found:
+        raise UsageError(f"cannot read the share {text!r}", hint="write for example 5% or 0.05")
+    return float(found[1]) / (100 if found[2] else 1)
 
 
 def with_data(overrides: list[str] | None, data: str | None) -> list[str]:

@@ -7,11 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
+from kvpack.cli.budget import Cache, TargetBpw, TargetSize, budget_data, budget_lines, with_target
 from kvpack.cli.console import table
 from kvpack.cli.describe import describe, plane_text, side_text
 from kvpack.cli.options import AllowDownload, Model, Overrides, RecipeOption, TrustRemoteCode
 from kvpack.cli.run import Result, Session
+from kvpack.cli.sparsity import sparsity_data, sparsity_lines
 from kvpack.core.access import Access
+from kvpack.recipe.build import to_mapping
 from kvpack.recipe.plan import KVLayerPlan, Plan, WeightPlan
 from kvpack.report import KVBytes, human_bytes, kv_bytes, kv_bytes_per_token, most_read, weight_bytes
 
@@ -27,13 +30,18 @@ def plan(
         int, typer.Option("--context", min=1, help="Length to forecast the KV cache for, in tokens.")
     ] = CONTEXT_TOKENS,
     overrides: Overrides = None,
+    target_bpw: TargetBpw = None,
+    target_size: TargetSize = None,
+    cache: Cache = None,
     allow_download: AllowDownload = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Result:
     """Forecast the size of artifact and KV cache, to the byte; writes nothing."""
     from kvpack.pipeline import make_plan
 
-    made = make_plan(model, recipe, overrides or (), Access(allow_download, trust_remote_code))
+    changes = with_target(overrides or [], target_bpw, target_size)
+    access = Access(allow_download, trust_remote_code)
+    made = make_plan(model, recipe, changes, access, cache=cache, progress=session.progress)
     return plan_result(made, context)
 
 
@@ -50,8 +58,14 @@ def plan_result(made: Plan, context: int = CONTEXT_TOKENS) -> Result:
     rows.append(("total", "", "", f"{total['bits_per_weight']:.2f}", human_bytes(total["bytes"])))
     columns = ("weights", "tensors", "scheme", "bits/w", "bytes")
     lines.append(table(columns, rows, right=("tensors", "bits/w", "bytes")))
+    if data["budget"] is not None:
+        lines += ["", *budget_lines(data["budget"])]
+    if sparse := sparsity_lines(data["sparsity"]):
+        lines += ["", *sparse, f"a generated token reads {data['read_share']:.1%} of the blocks' weights"]
     if cache := data["kv_cache"]:
         lines += ["", *_cache_lines(cache)]
+    if (storage := made.recipe.recipe.storage) is not None:
+        lines += ["", f"sizes are before lossless coding of packed weights: {describe(storage.packer)}"]
     if made.notes:
         lines += ["", "note:", *(f"  {note}" for note in made.notes)]
     if data["dropped"]:
@@ -69,6 +83,10 @@ def plan_data(made: Plan, context: int) -> dict[str, Any]:
         "recipe": {"name": made.recipe.recipe.name, "sha256": made.recipe.sha256},
         "weights": _weight_rows(made),
         "artifact": {"bytes": count.total, "bits_per_weight": count.bits_per_weight},
+        "storage": to_mapping(made.recipe.recipe.storage),
+        "budget": budget_data(made),
+        "sparsity": sparsity_data(made.sparsity),
+        "read_share": 1.0 if made.sparsity is None else made.sparsity.read_share(made.model.linears),
         "kv_cache": _cache_data(made, context),
         "notes": list(made.notes),
         "dropped": [{"name": d.name, "reason": d.reason} for d in made.dropped],
@@ -87,7 +105,7 @@ def _weight_rows(made: Plan) -> list[dict[str, Any]]:
             {
                 "match": made.recipe.recipe.weights[index].match,
                 "tensors": len(weights),
-                "scheme": f"{describe(weights[0].codec)}; {describe(weights[0].solver)}",
+                "scheme": f"{_codecs_text(weights)}; {describe(weights[0].solver)}",
                 "bits_per_element": 8 * nbytes / elements,
                 "bytes": nbytes,
             }
@@ -106,6 +124,15 @@ def _weight_rows(made: Plan) -> list[dict[str, Any]]:
         }
     )
     return rows
+
+
+def _codecs_text(weights: list[WeightPlan]) -> str:
+    """The codec of a rule's layers; where a budget gave them several widths, their range."""
+    texts = dict.fromkeys(describe(w.codec) for w in weights)
+    if len(texts) == 1:
+        return next(iter(texts))
+    widths = [getattr(w.codec, "bits", 0) for w in weights]
+    return f"{describe(weights[0].codec).split()[0]}, {min(widths)} to {max(widths)} bits by budget"
 
 
 def _cache_data(made: Plan, context: int) -> dict[str, Any] | None:

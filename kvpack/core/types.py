@@ -87,6 +87,15 @@ class Payload:
             tensors[name] = tensor.narrow(-2, first, last - first)
         return Payload(tensors, (*self.shape[:-2], stop - start, self.shape[-1]))
 
+    def blocks(self, places: Tensor, size: int) -> Payload:
+        """The blocks of `size` tokens (or weight rows) at `places` [N], one after another."""
+        count = self.shape[-2] // size
+        tensors = {}
+        for name, tensor in self.tensors.items():
+            apart = tensor.unflatten(-2, (count, tensor.shape[-2] // count))
+            tensors[name] = apart.index_select(-3, places).flatten(-3, -2)
+        return Payload(tensors, (*self.shape[:-2], len(places) * size, self.shape[-1]))
+
     @property
     def bits_per_element(self) -> float:
         """Stored bits divided by logical elements."""
@@ -106,7 +115,9 @@ class Solution:
         return {**self.payload.tensors, **self.state}
 
 
-Stream = Literal["input", "gradient", "query", "projection", "rope", "consumers"]
+Stream = Literal[
+    "input", "gradient", "query", "projection", "rope", "consumers", "factor", "output_gradient"
+]
 """What a statistic is measured on, see `Stat`."""
 
 
@@ -127,7 +138,11 @@ class Stat:
     - "rope": with kind "partner", the channel that RoPE turns each channel with: "partner"
       int64 [D], a channel's own number where it is not turned.
     - "consumers": with kind "weight", the weights of all linear layers that are given the same
-      tensor, one below the other: "weight" float32 [R, C].
+      tensor, one below the other: "weight" float32 [R, C]; for a transform [K, R, D], heads apart.
+    - "factor": what every channel is multiplied with before a linear layer reads it, such as the up
+      projection of an FFN [B, 1, T, C]; absent where there is no such thing.
+    - "output_gradient": the gradient of the loss of a sample's tokens, summed, with respect to what
+      the linear layer gives [B, 1, T, R]. Only allocators get it.
     """
 
     kind: str

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from kvpack.core.lazy import torch
 from kvpack.core.roles import Codec, Transform
-from kvpack.core.types import Payload, Shape, Site, Solution, State, TensorSpec
+from kvpack.core.types import Payload, Shape, Site, Solution, TensorSpec
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
@@ -25,45 +25,20 @@ def stored_spec(codec: Codec, shape: Shape, dtype: str) -> dict[str, TensorSpec]
     return payload | state
 
 
-def online_name(index: int, name: str) -> str:
-    """Name of a tensor that the `index`-th online transform of a packed layer learned."""
-    return f"online{index}_{name}"
-
-
-def online_spec(transforms: Sequence[Transform], channels: int) -> dict[str, TensorSpec]:
-    """What online transforms of a layer with `channels` input channels store."""
-    shape = (1, 1, 1, channels)
-    return {
-        online_name(i, name): spec
-        for i, transform in enumerate(transforms)
-        for name, spec in transform.state_spec(shape).items()
-    }
-
-
-def online_states(
-    transforms: Sequence[Transform], tensors: Mapping[str, Tensor], channels: int
-) -> list[State]:
-    """The states of online transforms, from the stored tensors of a layer."""
-    shape = (1, 1, 1, channels)
-    return [
-        {name: tensors[online_name(i, name)] for name in transform.state_spec(shape)}
-        for i, transform in enumerate(transforms)
-    ]
-
-
 NOWHERE = Site(layer=-1)
 """Transforms of a linear layer's input know of no layer, position or head."""
 
 
-def prepare_input(
-    x: Tensor, transforms: Sequence[Transform], states: Sequence[State], inputs: Codec | None
-) -> Tensor:
-    """A layer's input [..., C] in the basis of its weight, and as the codec for inputs gives it back."""
+def prepare_input(x: Tensor, transforms: Sequence[Transform], inputs: Codec | None) -> Tensor:
+    """A layer's input [..., C] in the basis of its weight, and as the codec for inputs gives it back.
+
+    `transforms` run one after the other; they learn nothing.
+    """
     if not transforms and inputs is None:
         return x
     rows = x.reshape(1, 1, -1, x.shape[-1])
-    for transform, state in zip(transforms, states, strict=True):
-        rows = transform.forward(rows, state, NOWHERE)
+    for transform in transforms:
+        rows = transform.forward(rows, transform.fit({}), NOWHERE)
     rows = rows.to(x.dtype)
     if inputs is not None:
         rows = inputs.decode(inputs.encode(rows, {}), {}, x.dtype)
@@ -81,3 +56,15 @@ def decode(codec: Codec, tensors: Mapping[str, Tensor], shape: Shape, dtype: tor
     """The weight [R, C] that stored tensors stand for."""
     found = solution(codec, tensors, shape)
     return codec.decode(found.payload, found.state, dtype)
+
+
+def decode_rows(
+    codec: Codec, tensors: Mapping[str, Tensor], shape: Shape, places: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Rows of the weight [R, C]: [N, C] for `places` int64 [N]; no others than their blocks are decoded."""
+    found, block = solution(codec, tensors, shape), codec.token_block
+    near = codec.decode(found.payload.blocks(places // block, block), found.state, dtype)
+    if block == 1:
+        return near
+    first = block * torch.arange(len(places), device=places.device)
+    return near[first + places % block]

@@ -16,6 +16,8 @@ from kvpack.evaluate.scores import Evaluation
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kvpack.artifact.manifest import Manifest
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -23,7 +25,7 @@ class EvaluationSettings:
 
     Rows of a .jsonl file are scored apart, each up to `context_tokens`; all other texts are joined
     by blank lines and cut into chunks. `step_tokens` None takes the longest step that changes
-    nothing, see `longest_step`.
+    nothing, see `longest_step`. With `weights_only`, one plain forward without a compressed cache.
     """
 
     data: str = "builtin:stdlib"
@@ -32,6 +34,7 @@ class EvaluationSettings:
     step_tokens: int | None = None
     batch: int = 8
     protocols: Sequence[Protocol] = PROTOCOLS
+    weights_only: bool = False
 
 
 def evaluate(
@@ -102,14 +105,16 @@ def score(path: Path, ground: Ground, *, access: Access = CLOSED, progress: Prog
 def _score(path: Path, model: Any, ground: Ground, progress: Progress) -> Evaluation:
     from kvpack.artifact.reader import read_manifest
     from kvpack.runtime.install import new_cache
+    from kvpack.runtime.sparsity import sparsity_of
 
     manifest, settings, pieces = read_manifest(path), ground.settings, ground.pieces
     step = settings.step_tokens or longest_step(manifest.kv)
+    cached = bool(manifest.kv) and not settings.weights_only
     measured = measure(
         model,
         ground.reference,
         pieces,
-        new_cache=(lambda exact: new_cache(model, exact_prefill=exact)) if manifest.kv else None,
+        new_cache=(lambda exact: new_cache(model, exact_prefill=exact)) if cached else None,
         protocols=settings.protocols,
         step_tokens=step,
         batch=settings.batch,
@@ -123,12 +128,22 @@ def _score(path: Path, model: Any, ground: Ground, progress: Progress) -> Evalua
         packed=measured.packed,
         bits_per_weight=manifest.totals.bits_per_weight,
         source=measured.source,
-        kv_bits_per_element=8 * measured.kv_bytes / measured.kv_elements if manifest.kv else None,
-        kv_bytes_per_token=measured.kv_bytes / measured.kv_tokens if manifest.kv else None,
+        packed_bits=_packed_bits(manifest),
+        kv_bits_per_element=8 * measured.kv_bytes / measured.kv_elements if cached else None,
+        kv_bytes_per_token=measured.kv_bytes / measured.kv_tokens if cached else None,
         kv_bits={name: 8 * held.nbytes / held.elements for name, held in measured.held.items()},
         layer_errors=measured.layer_errors,
         retrieval=measured.retrieval,
+        activity={} if manifest.sparsity is None else sparsity_of(model),
     )
+
+
+def _packed_bits(manifest: Manifest) -> float | None:
+    """Stored bits per element of the packed layers."""
+    layers = manifest.weights.values()
+    elements = sum(x.shape[0] * x.shape[1] for x in layers)
+    stored = sum(record.nbytes for x in layers for record in x.tensors.values())
+    return 8 * stored / elements if elements else None
 
 
 def _vocabulary(model: Any) -> int:

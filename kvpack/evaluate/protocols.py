@@ -182,10 +182,13 @@ def _run(model: Any, ids: Tensor, cache: Any, step_tokens: int | None, tick: Cal
     """Logits [B, T, V] of `model`, all tokens at once or `step_tokens` at a time through `cache`."""
     import torch
 
+    from kvpack.runtime.sparsity import every_token_sparse
+
     logits = []
-    for step in (ids,) if step_tokens is None else torch.split(ids, step_tokens, 1):
-        logits.append(model(step, past_key_values=cache, use_cache=cache is not None).logits)
-        tick(step.numel())
+    with every_token_sparse(model):  # as each of them would be were it generated
+        for step in (ids,) if step_tokens is None else torch.split(ids, step_tokens, 1):
+            logits.append(model(step, past_key_values=cache, use_cache=cache is not None).logits)
+            tick(step.numel())
     return torch.cat(logits, dim=1)
 
 

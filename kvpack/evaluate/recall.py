@@ -210,11 +210,14 @@ def _logits(
     """Logits of the question part [B, T', V]."""
     import torch
 
+    from kvpack.runtime.sparsity import every_token_sparse
+
     parts = list(_steps(ids, settings.prompt_tokens, step_tokens)) if protocol == "decode" else [ids]
     logits = []
-    for part in parts:
-        logits.append(model(part, past_key_values=cache, use_cache=cache is not None).logits)
-        tick(part.numel())
+    with every_token_sparse(model):
+        for part in parts:
+            logits.append(model(part, past_key_values=cache, use_cache=cache is not None).logits)
+            tick(part.numel())
     questions = ids.shape[1] - settings.prompt_tokens
     return torch.cat(logits[1:] if len(parts) > 1 else logits, dim=1)[:, -questions:]
 

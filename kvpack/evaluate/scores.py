@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvpack.evaluate.retrieval import RetrievalScores
 from kvpack.evaluate.stored_errors import LayerError
+from kvpack.recipe.sparsity import Activity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,8 +35,10 @@ class Evaluation:
     `tokens` were scored in chunks of at most `context_tokens`. `kv_bits_per_element` and
     `kv_bytes_per_token` are measured on the caches after each chunk, everything stored counted;
     None without a KV scheme. They are of the last protocol measured; `kv_bits` has each protocol's.
-    `bits_per_weight` counts all weight tensors. `layer_errors` belong to ``prefill``. `retrieval` is
-    there where queries read chosen tokens only.
+    `bits_per_weight` counts all weight tensors, `packed_bits` is per element of the packed layers, None
+    where none are. `layer_errors` belong to ``prefill``. `retrieval` is
+    there where queries read chosen tokens only. `activity` tells by module what sparse activations kept:
+    every token is scored sparse, those of prompts too.
     """
 
     text: str
@@ -45,11 +48,13 @@ class Evaluation:
     packed: Mapping[str, Scores]
     bits_per_weight: float
     source: Scores | None = None
+    packed_bits: float | None = None
     kv_bits_per_element: float | None = None
     kv_bytes_per_token: float | None = None
     kv_bits: Mapping[str, float] = field(default_factory=dict)
     layer_errors: tuple[LayerError, ...] = ()
     retrieval: RetrievalScores | None = None
+    activity: Mapping[str, Activity] = field(default_factory=dict)
 
     def metrics(self, protocol: str) -> dict[str, float]:
         """The numbers that a gate may name, for one protocol."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,17 @@ from kvpack.artifact.damage import check_hashes
 from kvpack.artifact.reader import Artifact
 from kvpack.core.access import CLOSED, Access
 from kvpack.core.errors import ArtifactError
+from kvpack.loading.residency import Wanted, label_packed, settle, unpack_model
 from kvpack.models.attention import describe_attention
+from kvpack.models.experts import take_apart
 from kvpack.models.skeleton import decoder_blocks
 from kvpack.models.source import resolve
 from kvpack.models.tokenizer import open_tokenizer
+from kvpack.runtime.embedding import replace_packed
 from kvpack.runtime.install import install
-from kvpack.runtime.linear import PackedWeight, replace_linears
+from kvpack.runtime.linear import PackedWeight
+from kvpack.runtime.sparse_modules import replace_sparse
+from kvpack.runtime.sparsity import start_sparse
 
 
 def load(
@@ -27,6 +35,9 @@ def load(
     device_map: Any = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    resident: str | int | Sequence[int] = "raw",
+    max_slowdown: float | None = None,
+    max_weight_bytes: int | None = None,
 ) -> PreTrainedModel:
     """Load an artifact as a transformers model, with packed weights and its compressed KV cache.
 
@@ -38,10 +49,18 @@ def load(
         device_map: as in `from_pretrained`.
         attn_implementation: as in `from_pretrained`.
         trust_remote_code: as in `from_pretrained`.
+        resident: losslessly coded decoder layers that stay coded in memory and are unpacked one ahead
+            as tokens are computed: "raw" none, "compressed" all, or which by number, or how many.
+        max_slowdown: choose as many as slow a token down by this share at most (0.05: five per cent),
+            as measured here and now.
+        max_weight_bytes: choose so that all weights take no more memory than this. What was chosen
+            and measured is ``model.kvpack_residency`` (`kvpack.loading.residency.Residency`).
 
     Raises:
         ArtifactError: the artifact is incomplete, damaged, changed or too new.
+        UsageError: a choice of layers that cannot be made.
     """
+    wanted = Wanted(resident, max_slowdown, max_weight_bytes)
     folder = Path(path)
     # Clear errors before transformers looks at the folder; the quantizer then checks everything.
     manifest = Artifact.open(folder, check="structure").manifest
@@ -49,15 +68,31 @@ def load(
         folder, manifest, files=[name for name in manifest.files if not name.endswith(".safetensors")]
     )
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        device_map=device_map,
-        local_files_only=True,
-        trust_remote_code=trust_remote_code,
-        **options,
-    )
+    with leave_packed(wanted.anything):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map=device_map,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+    if wanted.anything:
+        settle(model, wanted)
     return model
+
+
+_LEAVE_PACKED = ContextVar("_LEAVE_PACKED", default=False)
+
+
+@contextmanager
+def leave_packed(yes: bool) -> Iterator[None]:
+    """Whether `finish`, which transformers calls with no word from our caller, unpacks nothing."""
+    token = _LEAVE_PACKED.set(yes)
+    try:
+        yield
+    finally:
+        _LEAVE_PACKED.reset(token)
 
 
 def load_source(reference: str | Path, access: Access = CLOSED) -> PreTrainedModel:
@@ -90,14 +125,19 @@ def prepare(model: Any, artifact: Artifact) -> None:
     """
     manifest = artifact.manifest
     _check_attention(model, artifact)
-    replace_linears(
+    take_apart(model)
+    tied = manifest.base_model.tied
+    replace_packed(
         model,
         {
-            name: PackedWeight(linear.codec, linear.shape, linear.tensors, linear.inputs, linear.online)
+            name: PackedWeight(linear.codec, linear.shape, linear.logical, linear.inputs, linear.online)
             for name, linear in manifest.weights.items()
         },
+        tied,
     )
-    tied = set(manifest.base_model.tied)
+    _forget_ties(model, {f"{name}.weight" for name in manifest.weights})
+    if manifest.sparsity is not None:
+        replace_sparse(model, manifest.sparsity)
     needed = {name for name in model.state_dict() if name not in tied}
     held = set(artifact.tensor_names)
     if odd := sorted(needed ^ held):
@@ -108,6 +148,15 @@ def prepare(model: Any, artifact: Artifact) -> None:
             why=f"{len(odd)} tensors differ between the artifact and {type(model).__name__}",
             hint="load it with the transformers version in its manifest, or export it again",
         )
+
+
+def _forget_ties(model: Any, packed: set[str]) -> None:
+    """Leave no pair of names to transformers whose one weight is packed: there is nothing to tie."""
+    for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
+        pairs = getattr(model, attribute, None) or {}
+        kept = {name: holder for name, holder in pairs.items() if not packed & {name, holder}}
+        if len(kept) < len(pairs):
+            setattr(model, attribute, kept)
 
 
 def _check_attention(model: Any, artifact: Artifact) -> None:
@@ -135,5 +184,10 @@ def finish(model: Any, artifact: Artifact, dtype: torch.dtype) -> None:
         # Parameters only: rotary frequencies and scales are buffers, and keep their precision.
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+    label_packed(model)
+    if not _LEAVE_PACKED.get():
+        unpack_model(model)
+    if artifact.manifest.sparsity is not None:
+        start_sparse(model)
     if artifact.manifest.kv:
         install(model, artifact.manifest.kv, artifact.kv_state())

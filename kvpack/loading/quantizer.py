@@ -50,6 +50,11 @@ class KvpackQuantizer(HfQuantizer):
         """Keep the stored dtype: casting scales would change what the codes mean."""
         del converter, param, dtype
 
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+        """Let no tensor be renamed or fused: an artifact has the names of the model that `prepare` makes."""
+        del weight_conversions, model
+        return []
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:

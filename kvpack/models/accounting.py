@@ -14,6 +14,7 @@ from transformers.core_model_loading import WeightRenaming
 
 from kvpack.core.errors import SourceError, UnsupportedModel
 from kvpack.core.model_spec import SourceTensor
+from kvpack.models.expert_tensors import ExpertTensors
 from kvpack.models.weights import SourceReader
 
 # transformers moved these buffers out of the checkpoint; old checkpoints still carry them.
@@ -21,25 +22,30 @@ _MOVED = r"rotary_emb\.inv_freq$"
 
 
 def rename(model: PreTrainedModel, stored: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
-    """Give checkpoint tensors the names of the transformers model.
+    """Give checkpoint tensors the names of the skeleton.
 
-    transformers renames some tensors on load (GPT-NeoX: embed_out -> lm_head). Only renamings are
-    followed; a checkpoint whose tensors must be merged or split is left for `account` to refuse.
+    transformers renames some tensors on load (GPT-NeoX: embed_out -> lm_head) and fuses experts,
+    which the skeleton has apart. Renamings are followed, and experts are found in either layout; a
+    checkpoint whose tensors must be merged or split otherwise is left for `account` to refuse.
 
     Raises:
         SourceError: two tensors get the same name.
     """
-    renamings = [t for t in get_model_conversion_mapping(model) if type(t) is WeightRenaming]
+    conversions = get_model_conversion_mapping(model)
+    renamings = [t for t in conversions if type(t) is WeightRenaming]
+    experts = ExpertTensors(model, conversions)
     known = model.state_dict().keys()
     tensors: dict[str, SourceTensor] = {}
     for old, tensor in stored.items():
         new = old
         for renaming in renamings if old not in known else ():
             new, _ = renaming.rename_source_key(new)
-        if new in tensors or (new != old and new in stored):
-            raise SourceError(f"{old} and another tensor are both {new}", where=tensor.file)
-        keep = new == old or new not in known
-        tensors[old if keep else new] = tensor if keep else replace(tensor, stored_name=old)
+        stated = tensor if new == old else replace(tensor, stored_name=old)
+        found = {new: stated} if new in known else experts.of(new, replace(tensor, stored_name=old))
+        for name, piece in (found or {old: tensor}).items():
+            if name in tensors or (name != old and name in stored):
+                raise SourceError(f"{old} and another tensor are both {name}", where=tensor.file)
+            tensors[name] = piece
     return tensors
 
 

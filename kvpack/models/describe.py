@@ -14,6 +14,7 @@ from kvpack.core.model_spec import LinearSpec, ModelSpec, SourceTensor
 from kvpack.models.accounting import account, rename
 from kvpack.models.attention import describe_attention
 from kvpack.models.families import ROLES
+from kvpack.models.sites import describe_sites, final_norm
 from kvpack.models.skeleton import build_skeleton, decoder_blocks, read_config
 from kvpack.models.source import read_checkpoint, resolve
 
@@ -44,6 +45,7 @@ def open_model(
     tied, ignored = account(path, model, tensors)
     text = config.get_text_config(decoder=True)
     paths = tuple(f"{name}.{i}" for i in range(len(blocks)))
+    linears, attention = _linears(model, paths), tuple(describe_attention(model, text, paths))
     return ModelSpec(
         path=path,
         family=text.model_type,
@@ -54,9 +56,12 @@ def open_model(
         dtype=dtype,
         rope_type=_rope_type(text),
         tensors=tensors,
-        linears=_linears(model, paths),
-        attention=tuple(describe_attention(model, text, paths)),
+        linears=linears,
+        attention=attention,
         blocks=paths,
+        sites=tuple(describe_sites(model, linears, attention)),
+        final_norm=final_norm(model),
+        embedding=_embedding(model),
         tied=tied,
         ignored=ignored,
         repository=None if revision is None else str(reference).partition("@")[0],
@@ -99,3 +104,11 @@ def _linears(model: PreTrainedModel, blocks: tuple[str, ...]) -> tuple[LinearSpe
             shape = (module.out_features, module.in_features)
             found.append(LinearSpec(name, role, shape, layer, module.bias is not None))
     return tuple(found)
+
+
+def _embedding(model: PreTrainedModel) -> str:
+    """Name of the token embedding's weight; empty where it is more than a table of rows."""
+    table = model.get_input_embeddings()
+    if not isinstance(table, nn.Embedding) or table.max_norm is not None:
+        return ""
+    return next(f"{n}.weight" for n, m in model.named_modules() if m is table)

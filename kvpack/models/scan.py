@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from functools import partial
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
+from kvpack.core.ahead import in_order
 from kvpack.core.errors import SourceError
 from kvpack.core.model_spec import ModelSpec
 from kvpack.core.progress import SILENT, Progress
 from kvpack.core.safetensors_header import read_header
 
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 1 << 20
 _FLOATS = {"float64", "float32", "float16", "bfloat16"}
 
 
@@ -27,9 +30,10 @@ def scan(spec: ModelSpec, progress: Progress = SILENT) -> dict[str, str]:
         SourceError: a tensor holds NaN or Inf, or a file is truncated.
     """
     hashes: dict[str, str] = {}
+    found = in_order(partial(_scan_file, spec, spec.path / file) for file in spec.files)
     for done, file in enumerate(spec.files):
         progress("check", done, len(spec.files), file)
-        hashes[file] = _scan_file(spec, spec.path / file)
+        hashes[file] = next(found)
     progress("check", len(spec.files), len(spec.files))
     return hashes
 
@@ -48,24 +52,25 @@ def _scan_file(spec: ModelSpec, path: Path) -> str:
     return digest.hexdigest()
 
 
-def _hash_until(stream: BinaryIO, digest: hashlib._Hash, stop: int) -> None:
+def _hash_until(stream: BufferedReader, digest: hashlib._Hash, stop: int) -> None:
     digest.update(stream.read(stop - stream.tell()))
 
 
-def _scan_tensor(stream: BinaryIO, digest: hashlib._Hash, name: str, stop: int, dtype: str | None) -> None:
+def _scan_tensor(
+    stream: BufferedReader, digest: hashlib._Hash, name: str, stop: int, dtype: str | None
+) -> None:
     bad, first, seen = 0, -1, 0
-    while stream.tell() < stop:
-        chunk = stream.read(min(CHUNK_BYTES, stop - stream.tell()))
-        if not chunk:
-            raise SourceError(f"ends inside tensor {name}", where=stream.name, hint="download it again")
+    for chunk in _chunks(stream, stop, name):
         digest.update(chunk)
         if dtype is None:
             continue
-        values = torch.frombuffer(bytearray(chunk), dtype=getattr(torch, dtype))
-        wrong = (~torch.isfinite(values)).nonzero()
-        if len(wrong) and not bad:
-            first = seen + int(wrong[0])
-        bad, seen = bad + len(wrong), seen + values.numel()
+        values = torch.frombuffer(chunk, dtype=getattr(torch, dtype))
+        # NaN is the least and the greatest number of any chunk that holds one.
+        if not all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):
+            wrong = (~torch.isfinite(values)).nonzero()
+            first = first if bad else seen + int(wrong[0])
+            bad += len(wrong)
+        seen += values.numel()
     if bad:
         raise SourceError(
             f"{name} holds {bad} NaN or Inf values, the first at flat index {first}",
@@ -73,3 +78,15 @@ def _scan_tensor(stream: BinaryIO, digest: hashlib._Hash, name: str, stop: int, 
             why="every statistic and code computed from them would be meaningless",
             hint="repair or replace the checkpoint",
         )
+
+
+def _chunks(stream: BufferedReader, stop: int, name: str) -> Iterator[memoryview]:
+    """What comes until `stop`; every chunk is in the place of the one before."""
+    left = stop - stream.tell()
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, left)))
+    while left:
+        count = stream.readinto(buffer[:left])
+        if not count:
+            raise SourceError(f"ends inside tensor {name}", where=stream.name, hint="download it again")
+        left -= count
+        yield buffer[:count]

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kvpack.core.errors import SourceError, UnsupportedModel
+from kvpack.models.experts import take_apart
 
 
 def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
@@ -41,6 +42,8 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
 def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Build the causal model with parameters on the meta device and computed buffers in memory.
 
+    Experts that transformers fuses are taken apart (`kvpack.models.experts`).
+
     Raises:
         UnsupportedModel: transformers has no causal model for the configuration.
     """
@@ -54,6 +57,7 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
             f"transformers has no causal language model for {config.model_type!r}",
             why=str(error).strip().splitlines()[0],
         ) from error
+    take_apart(model)
     model.requires_grad_(False)
     model.eval()
     return model

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from kvpack.core.errors import SourceError
 from kvpack.core.model_spec import ModelSpec, SourceTensor
-from kvpack.core.safetensors_header import Header, read_header
+from kvpack.core.safetensors_header import Header, TensorEntry, read_header
 from kvpack.core.tensor_io import read_tensor
+from kvpack.core.types import ITEM_BYTES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,9 +46,12 @@ class SourceReader:
         stored = tensor.stored_name or self._tied.get(name, name)
         file = self._path / tensor.file
         entry = self._header(tensor.file).tensors.get(stored)
-        if entry is None or (tuple(entry.shape), entry.dtype) != (tensor.shape, tensor.dtype):
+        described = (tensor.stored_shape or tensor.shape, tensor.dtype)
+        if entry is None or (tuple(entry.shape), entry.dtype) != described:
             raise SourceError(f"tensor {stored!r} changed since the model was opened", where=str(file))
-        return read_tensor(file, entry, error=SourceError)
+        start = entry.start + tensor.first * ITEM_BYTES[tensor.dtype]
+        piece = TensorEntry(tensor.shape, tensor.dtype, start, start + tensor.nbytes)
+        return read_tensor(file, piece, error=SourceError)
 
     def _read_header(self, file: str) -> Header:
         return read_header(self._path / file, error=SourceError)

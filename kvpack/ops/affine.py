@@ -107,10 +107,11 @@ def codes(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """Nearest codes of `x`, uint8; `scale` and `zero` broadcast against it."""
     step = scale.float()
     if zero is not None and zero.dtype.is_floating_point:
-        q = ((x - zero.float()) / step).round_()
+        q = (x - zero.float()).div_(step).round_()
     else:
         q = (x / step).round_().add_(_zero_code(zero, bits))
-    return q.nan_to_num_(0.0).clamp_(0, 2**bits - 1).to(torch.uint8)
+    # By way of int16, because CPUs have no instruction from floats to bytes.
+    return q.nan_to_num_(0.0).clamp_(0, 2**bits - 1).to(torch.int16).to(torch.uint8)
 
 
 def values(q: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:

@@ -7,8 +7,13 @@ therefore cost three bits, not four.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""A dtype that holds so many codes, one in each byte."""
 
 
 def packed_size(codes: int, bits: int) -> int:
@@ -34,13 +39,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return codes
     count = codes.shape[-1]
     codes_per_word, word_bytes, word_dtype = _word(bits)
-    codes = torch.unflatten(_pad(codes, codes_per_word), -1, (-(-count // codes_per_word), codes_per_word))
-    word = codes[..., 0].to(word_dtype)
-    for j in range(1, codes_per_word):
-        word = word | (codes[..., j].to(word_dtype) << (bits * j))
+    word = _as_words(_pad(codes, codes_per_word), word_dtype)
     if word_bytes == 1:
-        return word
-    stream = torch.stack([(word >> (8 * k) & 255).to(torch.uint8) for k in range(word_bytes)], -1)
+        for span in _spans(codes_per_word):
+            word = (word >> span * (8 - bits)).bitwise_or_(word)
+        return word.to(torch.uint8)  # cuts off what stands above
+    word = _gather(word, bits, codes_per_word)
+    stream = torch.unflatten(word.view(torch.uint8), -1, (-1, codes_per_word))[..., :word_bytes]
     return stream.flatten(-2)[..., : packed_size(count, bits)].contiguous()
 
 
@@ -66,15 +71,13 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits == 8:
         return packed
     codes_per_word, word_bytes, word_dtype = _word(bits)
-    words = -(-packed.shape[-1] // word_bytes)
-    parts = torch.unflatten(_pad(packed, word_bytes), -1, (words, word_bytes))
-    word = parts[..., 0].to(word_dtype)
-    for k in range(1, word_bytes):
-        word = word | (parts[..., k].to(word_dtype) << (8 * k))
-    codes = torch.empty((*word.shape, codes_per_word), dtype=torch.uint8, device=packed.device)
-    for j in range(codes_per_word):
-        codes[..., j] = (word >> (bits * j)) & (2**bits - 1)
-    return codes.flatten(-2)[..., :count].contiguous()
+    if word_bytes == 1:
+        word = packed.to(word_dtype)
+    else:
+        words = -(-packed.shape[-1] // word_bytes)
+        parts = torch.unflatten(_pad(packed, word_bytes), -1, (words, word_bytes))
+        word = torch.nn.functional.pad(parts, (0, codes_per_word - word_bytes)).view(word_dtype)[..., 0]
+    return _scatter(word, bits, codes_per_word).view(torch.uint8)[..., :count].contiguous()
 
 
 def pack_wide(codes: Tensor, bits: int) -> Tensor:
@@ -112,10 +115,42 @@ def unpack_wide(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _word(bits: int) -> tuple[int, int, torch.dtype]:
-    """The smallest run of whole codes that fills whole bytes: its codes, bytes, and a dtype for it."""
-    if 8 % bits == 0:
-        return 8 // bits, 1, torch.uint8
-    return 8, bits, torch.int64
+    """The smallest run of whole codes that fills whole bytes: its codes, bytes packed, dtype unpacked."""
+    codes = 8 // math.gcd(8, bits)
+    return codes, codes * bits // 8, _INTEGERS[codes]
+
+
+def _as_words(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Neighbouring bytes as one little-endian integer."""
+    flat = codes.flatten()  # one row may have any stride, and viewing it as words would fail
+    flat = (flat.clone() if flat.storage_offset() % dtype.itemsize else flat).view(dtype)
+    return flat.view(*codes.shape[:-1], codes.shape[-1] // dtype.itemsize)
+
+
+def _gather(word: Tensor, bits: int, codes: int) -> Tensor:
+    """Move the low `bits` bits of every byte of a word together: pairs first, then pairs of pairs."""
+    for span in _spans(codes):
+        upper = word & _mask(8 * span, span * bits, span, codes)
+        word = (word ^ upper).bitwise_or_(upper.bitwise_right_shift_(span * (8 - bits)))
+    return word
+
+
+def _scatter(word: Tensor, bits: int, codes: int) -> Tensor:
+    """Invert `_gather`."""
+    for span in reversed(_spans(codes)):
+        upper = word & _mask(span * bits, span * bits, span, codes)
+        word = (word ^ upper).bitwise_or_(upper.bitwise_left_shift_(span * (8 - bits)))
+    return word
+
+
+def _spans(codes: int) -> list[int]:
+    """1, 2, 4, ... below `codes`: neighbouring runs of so many codes are joined."""
+    return [1 << step for step in range(codes.bit_length() - 1)]
+
+
+def _mask(first: int, width: int, span: int, codes: int) -> int:
+    """`width` ones from bit `first` of every `2 * span` bytes of a word."""
+    return sum(((1 << width) - 1) << (first + start) for start in range(0, 8 * codes, 16 * span))
 
 
 def _pad(x: Tensor, multiple: int) -> Tensor:

@@ -84,8 +84,9 @@ def solve(
     # Columns become rows: each step reads one contiguous row.
     work = weight[:, sweep].T.contiguous()
     upper = upper.to(work.dtype)
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    for start, stop in _blocks(len(sweep), group_size if order is None else 1, block):
+    diagonal = upper.diagonal().tolist()
+    codes = torch.empty(work.shape, dtype=torch.uint8, device=weight.device)
+    for start, stop in blocks(len(sweep), group_size if order is None else 1, block):
         errors = torch.empty_like(work[start:stop])
         for i in range(start, stop):
             group = sweep[i] // group_size
@@ -93,15 +94,15 @@ def solve(
                 grids[group] = fit(work[i : i + group_size].T)
             column = work[i].unsqueeze(1)
             chosen = snap(column, grids[group])
-            codes[:, sweep[i]] = chosen[:, 0]
-            error = (column - value(chosen, grids[group]))[:, 0] / upper[i, i]
-            work[i + 1 : stop] -= torch.outer(upper[i, i + 1 : stop], error)
+            codes[sweep[i]] = chosen[:, 0]
+            error = (column - value(chosen, grids[group]))[:, 0].div_(diagonal[i])
+            work[i + 1 : stop].addr_(upper[i, i + 1 : stop], error, alpha=-1)
             errors[i - start] = error
-        work[stop:] -= upper[start:stop, stop:].T @ errors
-    return codes, {n: torch.cat([grids[g][n] for g in sorted(grids)], -1) for n in grids[0]}
+        work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    return codes.T.contiguous(), {n: torch.cat([grids[g][n] for g in sorted(grids)], -1) for n in grids[0]}
 
 
-def _blocks(columns: int, group_size: int, block: int) -> list[tuple[int, int]]:
+def blocks(columns: int, group_size: int, block: int) -> list[tuple[int, int]]:
     """Ranges of about `block` columns; each holds whole groups, or lies within one.
 
     A grid is fitted to columns that have received every correction so far, so no group may start

@@ -11,6 +11,9 @@ from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 22
 MOST_STEPS = 300
+WEIGHTED_STEPS = 25
+MOST_POINTS = 256
+"""Points per centre that weighted k-means looks at."""
 TOLERANCE = 1e-4
 """Lloyd's steps end when one lowers the mean squared distance by no more than this share of it."""
 
@@ -41,6 +44,42 @@ def fit(points: Tensor, count: int, *, seed: int = 0, steps: int = MOST_STEPS) -
             break
         before = cost
         centres = _means(points, places, distances, centres)
+    return centres
+
+
+def fit_weighted(points: Tensor, heavy: Tensor, channels: Tensor, count: int, *, seed: int = 0) -> Tensor:
+    """Centres that make a weighted sum of squared distances small; the metric differs from place to place.
+
+    What is minimised is ``sum_pn heavy_pn sum_d channels_pd (x_pnd - c_d)^2`` over the nearest centre
+    of every point. Seeding does not weigh. Of more than `MOST_POINTS` points per centre, so many are
+    drawn.
+
+    Args:
+        points: [P, N, D], N points at each of P places.
+        heavy: weight of the points [P, N], not negative.
+        channels: weight of the channels at a place [P, D], positive.
+        count: how many centres.
+        seed: of the draws.
+
+    Returns:
+        float32 [count, D].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    kept = max(1, count * MOST_POINTS // len(points))
+    if kept < points.shape[1]:
+        drawn = torch.randperm(points.shape[1], generator=generator)[:kept].to(points.device)
+        points, heavy = points[:, drawn], heavy[:, drawn]
+    root, flat = channels.sqrt().unsqueeze(1), points.flatten(0, 1)
+    shares = (heavy.unsqueeze(-1) * channels.unsqueeze(1)).flatten(0, 1)
+    centres, before = _seeded(flat, count, generator), torch.inf
+    for _ in range(WEIGHTED_STEPS):
+        places, distances = assign(points * root, centres * root)
+        errors = (distances * heavy).flatten()
+        cost = float(errors.double().mean())
+        if before - cost <= TOLERANCE * cost:
+            break
+        before = cost
+        centres = _weighted_means(flat, shares, places.flatten(), errors, centres)
     return centres
 
 
@@ -78,6 +117,19 @@ def _seeded(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
         place = int(torch.searchsorted(mass, mass.new_tensor([draw * float(mass[-1])]), right=True))
         chosen.append(min(place, len(points) - 1))
     return points[chosen].clone()
+
+
+def _weighted_means(
+    points: Tensor, shares: Tensor, places: Tensor, errors: Tensor, centres: Tensor
+) -> Tensor:
+    """Move every centre to the weighted mean of its points, those without weight to the worst points."""
+    weights = torch.zeros_like(centres).index_add_(0, places, shares)
+    sums = torch.zeros_like(centres).index_add_(0, places, points * shares)
+    moved = torch.where(weights > 0, sums / torch.where(weights > 0, weights, 1.0), centres)
+    empty = (weights == 0).all(-1).nonzero().squeeze(-1)[: len(points)]
+    if len(empty):
+        moved[empty] = points[errors.topk(len(empty)).indices]
+    return moved
 
 
 def _means(points: Tensor, places: Tensor, distances: Tensor, centres: Tensor) -> Tensor:

@@ -6,21 +6,26 @@ from collections.abc import Iterator, Sequence
 
 from kvpack import __version__
 from kvpack.evaluate.cells import cells, headings, source_cells, subject, units
-from kvpack.evaluate.frontier import AnyEvaluation, Comparison, Entry, names_of
+from kvpack.evaluate.frontier import AnyEvaluation, Axis, Comparison, Entry, names_of
 from kvpack.evaluate.scores import Evaluation
 from kvpack.evaluate.stored_errors import LayerError
 from kvpack.picture.heat import heat, sink_maps
 from kvpack.picture.markup import Markup, escape, join, tag
-from kvpack.picture.plot import measures, plot
+from kvpack.picture.plot import headline, measures, plot
 from kvpack.picture.style import COLOURS, PAGE, PLOT, SCRIPT
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _LETTERS = {"prefill": "A", "decode": "B"}
+_COUNTED: dict[Axis, str] = {
+    "kv": "Bits count everything that the caches hold.",
+    "packed": "Bits are those of the packed layers, scales and zeros counted.",
+    "all": "Bits are those of all parameters, everything counted.",
+}
 
 
 def page(made: Comparison) -> str:
     """A comparison as an HTML document."""
-    title = f"KV-cache recipes on {made.model}"
+    title = headline(made)
     head = tag(
         "head",
         None,
@@ -48,7 +53,7 @@ def _about(made: Comparison) -> Iterator[Markup]:
     if first is not None:
         text = (
             f"{subject(first)}; all recipes and the source in one run of kvpack {__version__}. "
-            "Bits count everything that the caches hold."
+            f"{_COUNTED[made.axis]}"
         )
         yield tag("p", {"class": "soft"}, text)
     if made.missing:
@@ -68,7 +73,7 @@ def _plots(made: Comparison) -> Iterator[Markup]:
     if any(made.protocols):
         text = (
             f"Blue: on the frontier, no other recipe has both fewer bits and a {_better(made)}. "
-            "Hollow: the weights are packed, too."
+            f"{'Hollow: the weights are packed, too.' if made.axis == 'kv' else ''}"
         )
         yield tag("p", {"class": "soft"}, text)
 
@@ -85,7 +90,8 @@ def _table(made: Comparison) -> Iterator[Markup]:
     head = tag("tr", None, *(tag("th", {"scope": "col"}, column) for column in columns))
     rows = [] if first is None or first.source is None else [_source_row(made, first, len(columns))]
     rows += [_row(made, entry, len(columns)) for entry in made.ranked()]
-    caption = f"A: one forward, everything encoded. B: step by step, recent tokens exact. {units(first)}."
+    told = "A: one forward, everything encoded. B: step by step, recent tokens exact. "
+    caption = f"{told if made.axis == 'kv' else ''}{units(first)}."
     grid = tag(
         "table", None, tag("caption", None, caption), tag("thead", None, head), tag("tbody", None, *rows)
     )
@@ -112,8 +118,8 @@ def _row(made: Comparison, entry: Entry, columns: int) -> Markup:
     on = [n for n in made.protocols if entry.recipe in names_of(made.frontier(n))]
     row = [entry.recipe, f"{found.bits_per_weight:.2f}"]
     for name in made.protocols or ["weights"]:
-        bits = f"{found.kv_bits[name]:.2f}" if name in found.kv_bits else ""
-        row += [bits, *cells(found, name)]
+        bits = made.bits(found, name)
+        row += ["" if bits is None else f"{bits:.2f}", *cells(found, name)]
     row.append(" ".join(_LETTERS.get(n, n) for n in on))
     if made.budget_bits:
         row.append(_budget(made, entry))

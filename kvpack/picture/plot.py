@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from kvpack.evaluate.frontier import Comparison, Point, names_of
+from kvpack.evaluate.frontier import Axis, Comparison, Point, names_of
 from kvpack.evaluate.scores import RecallEvaluation, Scores
 from kvpack.picture.labels import LINE, Box, Label, place
 from kvpack.picture.markup import Markup, join, shorten, tag
@@ -25,11 +25,17 @@ _HOPELESS = 100
 TITLES: dict[str, str] = {
     "prefill": "protocol A: one forward, everything encoded",
     "decode": "protocol B: step by step, recent tokens exact",
+    "weights": "weights: one plain forward",
 }
 _AXES: dict[Measure, str] = {
     "kl": "KL divergence to the source, nats",
     "ppl": "perplexity",
     "recall": "recall, share of right answers",
+}
+BITS: dict[Axis, str] = {
+    "kv": "stored KV bits per element, everything counted",
+    "packed": "stored bits per weight of the packed layers, scales and zeros counted",
+    "all": "stored bits per parameter, everything counted",
 }
 _NAMES: dict[Measure, str] = {"kl": "KL", "ppl": "perplexity", "recall": "recall"}
 
@@ -52,6 +58,11 @@ def measures(made: Comparison) -> list[Measure]:
     return ["kl", "ppl"] if made.source is not None else ["ppl"]
 
 
+def headline(made: Comparison) -> str:
+    """What is compared, and on which model."""
+    return f"{'KV-cache' if made.axis == 'kv' else 'Weight'} recipes on {made.model}"
+
+
 def plot_file(made: Comparison) -> str:
     """A stand-alone SVG file: divergence (perplexity without a source), or recall, under every protocol."""
     measure = measures(made)[0]
@@ -63,14 +74,14 @@ def plot_file(made: Comparison) -> str:
     attributes = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {WIDTH:.0f} {height:.0f}"}
     back = tag("rect", {"width": WIDTH, "height": height, "style": "fill: var(--back)"})
     style = tag("style", None, COLOURS, PLOT)
-    title = tag("title", None, f"KV-cache recipes on {made.model}: quality against bits")
+    title = tag("title", None, f"{headline(made)}: quality against bits")
     sizes: dict[str, object] = {"width": WIDTH, "height": height, "role": "img"}
     return tag("svg", {**attributes, **sizes}, title, style, back, *panels) + "\n"
 
 
 def plot(made: Comparison, protocol: str, measure: Measure) -> Markup:
     """One panel for an HTML page."""
-    label = f"{_AXES[measure]} against KV bits per element, {TITLES.get(protocol, protocol)}; see the table"
+    label = f"{_AXES[measure]} against {BITS[made.axis]}, {TITLES.get(protocol, protocol)}; see the table"
     attributes: dict[str, object] = {"viewBox": f"0 0 {WIDTH:.0f} {HEIGHT:.0f}", "role": "img"}
     return tag("svg", {**attributes, "aria-label": label}, _panel(made, protocol, measure))
 
@@ -96,14 +107,15 @@ def _panel(made: Comparison, protocol: str, measure: Measure) -> Markup:
     source = _source_value(made, measure)
     x, y = _scales(made, points, measure, source)
     best = names_of(made.frontier(protocol))
-    packed = {e.recipe for e in made.entries if e.evaluation and _packs_weights(made, e.evaluation)}
+    found = [e for e in made.entries if made.axis == "kv" and e.evaluation is not None]
+    packed = {e.recipe for e in found if _packs_weights(made, e.evaluation)}
     dots = [
-        _Dot(p, x.at(p.kv_bits), y.at(_value(p, measure)), p.recipe in best, p.recipe in packed)
-        for p in points
+        _Dot(p, x.at(p.bits), y.at(_value(p, measure)), p.recipe in best, p.recipe in packed) for p in points
     ]
     steps = [] if measure == "ppl" else _steps(dots)
     crossed = [*steps, *([] if source is None else [_rule(y.at(source))])]
-    lines = [*_axes(x, y, measure), *_budget(made, x), *_source(source, y), *map(_frontier, steps)]
+    axes = _axes(x, y, measure, BITS[made.axis])
+    lines = [*axes, *_budget(made, x), *_source(source, y), *map(_frontier, steps)]
     return join([title, *lines, *_dots(made, dots, measure, crossed)])
 
 
@@ -115,7 +127,7 @@ def _packs_weights(made: Comparison, found: object) -> bool:
 def _scales(
     made: Comparison, points: list[Point], measure: Measure, source: float | None
 ) -> tuple[Scale, Scale]:
-    bits = [p.kv_bits for p in points]
+    bits = [p.bits for p in points]
     budget = [] if made.budget_bits is None else [made.budget_bits]
     x = linear_scale([*bits, *budget, 1.0], _AREA.left, _AREA.right, from_zero=True)
     values = [_value(p, measure) for p in points] + ([] if source is None else [source])
@@ -125,7 +137,7 @@ def _scales(
     return x, (log_scale if wide else linear_scale)(values, _AREA.bottom, _AREA.top)
 
 
-def _axes(x: Scale, y: Scale, measure: Measure) -> Iterable[Markup]:
+def _axes(x: Scale, y: Scale, measure: Measure, bits: str) -> Iterable[Markup]:
     for value in y.ticks():
         at = y.at(value)
         yield _line("grid", _AREA.left, at, _AREA.right, at)
@@ -136,7 +148,7 @@ def _axes(x: Scale, y: Scale, measure: Measure) -> Iterable[Markup]:
         yield _text(at, _AREA.bottom + 18, tick_text(value), "middle", "soft")
     yield _line("axis", _AREA.left, _AREA.bottom, _AREA.right, _AREA.bottom)
     middle = (_AREA.left + _AREA.right) / 2
-    yield _text(middle, _AREA.bottom + 36, "stored KV bits per element, everything counted", "middle", "soft")
+    yield _text(middle, _AREA.bottom + 36, bits, "middle", "soft")
     across = (_AREA.top + _AREA.bottom) / 2
     turned: dict[str, object] = {"transform": f"rotate(-90 14 {across:.0f})", "x": 14.0, "y": across}
     logarithmic = ", logarithmic" if y.log else ""
@@ -204,7 +216,7 @@ def _dots(made: Comparison, dots: list[_Dot], measure: Measure, lines: list[Box]
 def _dot(dot: _Dot, number: int, text: str, label: Label | None, measure: Measure) -> Markup:
     kinds = ["point", *(["best"] if dot.best else []), *(["open"] if dot.open else [])]
     value = f"{_NAMES[measure]} {_value(dot.point, measure):.4g}"
-    hover = f"{dot.point.recipe}: {dot.point.kv_bits:.2f} bits, {value}"
+    hover = f"{dot.point.recipe}: {dot.point.bits:.2f} bits, {value}"
     inner = [tag("title", None, hover), tag("circle", {"cx": dot.x, "cy": dot.y, "r": 4})]
     if label is not None:
         box = label.box

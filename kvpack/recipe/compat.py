@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from kvpack.core.errors import RecipeError
-from kvpack.core.model_spec import AttentionSpec, ModelSpec
+from kvpack.core.model_spec import AttentionSpec, LinearSpec, ModelSpec
 from kvpack.core.registry import kind_of
 from kvpack.core.roles import Codec, Plane, Solver, Transform
-from kvpack.recipe.plan import PLANES, KVLayerPlan
+from kvpack.core.types import TensorSpec
+from kvpack.recipe.plan import PLANES, KVLayerPlan, WeightPlan
 from kvpack.recipe.recipe import KVCacheRecipe
 
 UNSTABLE_ROPE = frozenset({"dynamic", "longrope"})
@@ -79,6 +80,21 @@ def check_input_codec(codec: Codec | None) -> None:
         )
 
 
+def check_measured(linear: LinearSpec, solver: Solver, model: ModelSpec) -> None:
+    """Refuse solvers that want to know the input of a table of rows.
+
+    Raises:
+        RecipeError: an embedding that no linear layer shares, beside a solver that needs data.
+    """
+    if solver.requires() and model.applied(linear) is None:
+        raise RecipeError(
+            f"solver {kind_of(solver)!r} cannot choose codes for {linear.name}",
+            why="an embedding is a table: no input is multiplied by it, so nothing can be measured",
+            hint="give it a rule of its own before this one: "
+            "{match: '@embedding', codec: ..., solver: {kind: rtn}}, or keep: true",
+        )
+
+
 def check_fold(plane: Plane, transforms: tuple[Transform, ...], attention: AttentionSpec) -> None:
     """Refuse folding that would change what the model computes.
 
@@ -112,6 +128,26 @@ def check_fold(plane: Plane, transforms: tuple[Transform, ...], attention: Atten
             )
 
 
+def check_window(layer: KVLayerPlan) -> None:
+    """Refuse policies that drop tokens where something else relies on these.
+
+    Raises:
+        RecipeError: tokens are retrieved, stored as inputs, or shape a transform of the cache.
+    """
+    if not layer.narrowed:
+        return
+    fitted = any(t.fits_prompt for plane in (layer.key, layer.value) for t in plane.online)
+    others = {"kv_cache.retrieve": layer.retrieval, "kv_cache.inputs": layer.inputs}
+    other = next((name for name, part in others.items() if part is not None), None)
+    if other is not None or fitted:
+        raise RecipeError(
+            f"policy {kind_of(layer.policy)!r} cannot be combined with "
+            f"{other or 'a transform that is fitted to the prompt'}",
+            why="it drops tokens that the model would read",
+            hint="use policy sink_recent, which keeps all tokens",
+        )
+
+
 def notes(layers: Sequence[KVLayerPlan]) -> Iterator[str]:
     """What works in these layers, but not as well as it could."""
     planes = {(plane, layer.plane(plane).codecs) for layer in layers for plane in PLANES}
@@ -124,6 +160,37 @@ def notes(layers: Sequence[KVLayerPlan]) -> Iterator[str]:
                     f"{getattr(finer, 'bits', 0)} to {getattr(coarser, 'bits', 0)} bits: "
                     "the second rounding adds error; ladders such as 8, 4, 2 bits only round codes"
                 )
+
+
+def shared(weights: Iterable[WeightPlan], model: ModelSpec) -> Iterator[str]:
+    """Packed weights that two layers use."""
+    held = {weight.linear.weight: weight.linear for weight in weights}
+    for name, holder in model.tied.items():
+        if holder in held:
+            yield (
+                f"{name.removesuffix('.weight')} is tied to {held[holder].name}: one packed tensor serves "
+                "both, by the first rule that matches either"
+            )
+
+
+def fused_experts(weights: Mapping[str, WeightPlan], copied: Mapping[str, TensorSpec]) -> Iterator[str]:
+    """Experts that no rule can reach, where the recipe packs weights."""
+    found = [n for n, t in copied.items() if len(t.shape) == 3 and ".experts." in n]
+    if found and weights:
+        yield (
+            f"{len(found)} tensors of experts stay as they are ({found[0]} and so on): "
+            "kvpack does not take the experts of this family apart"
+        )
+
+
+def untied(model: ModelSpec) -> Iterator[str]:
+    """What an export stores twice that the source stores once."""
+    for name, holder in model.untied.items():
+        size = model.tensors[name].nbytes
+        yield (
+            f"{name} is no longer tied to {holder}: turning the residual stream makes them differ "
+            f"({size:,} bytes more)"
+        )
 
 
 def unfolded(recipe: KVCacheRecipe | None, layers: Sequence[KVLayerPlan]) -> Iterator[str]:

@@ -14,7 +14,11 @@ Scheme = TypeVar("Scheme")
 
 def needs_data(recipe: Recipe) -> bool:
     """Whether any part of a recipe asks for statistics, and so for calibration text."""
-    return any(part.requires() for part in _parts((recipe.weights, recipe.kv_cache)))
+    if recipe.budget is not None and recipe.budget.open:
+        return True
+    return any(part.requires() for part in _parts(
+        (recipe.basis, recipe.weights, recipe.kv_cache, recipe.sparsity)
+    ))
 
 
 def _parts(value: Any) -> Iterator[Part]:

@@ -39,7 +39,7 @@ def load(reference: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     errors: list[RecipeError] = []
     for override in overrides:
         root = _override(root, override, errors)
-    root = _complete_rules(root.with_entry("variants", Node(None, root.at)))
+    root = _complete_budget(_complete_rules(root.with_entry("variants", Node(None, root.at))))
     recipe = _build(root, errors)
     resolved = to_mapping(recipe)
     return LoadedRecipe(
@@ -103,6 +103,15 @@ def _complete_rules(root: Node) -> Node:
         for rule in rules.value
     )
     return root.with_entry("weights", replace(rules, value=complete))
+
+
+def _complete_budget(root: Node) -> Node:
+    """A budget without an allocator is spent by output errors."""
+    budget = root.value.get("budget") if isinstance(root.value, dict) else None
+    if budget is None or not isinstance(budget.value, dict) or "allocator" in budget.value:
+        return root
+    default = Node.of({"kind": "output_error"}, Position("default"))
+    return root.with_entry("budget", budget.with_entry("allocator", default))
 
 
 def _build(root: Node, errors: list[RecipeError]) -> Recipe:

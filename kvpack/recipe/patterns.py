@@ -1,4 +1,4 @@
-"""Which linear layers a weight rule means."""
+"""Which linear layers a weight rule means, the token embedding among them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from kvpack.core.model_spec import LinearSpec
 
 _ATTENTION = frozenset({"q", "k", "v", "qkv", "o"})
 _MLP = frozenset({"gate", "up", "gate_up", "down"})
+_VOCABULARY = frozenset({"embedding", "lm_head"})
 _ROLES: dict[str, frozenset[str]] = {
     "linear": _ATTENTION | _MLP,
     "attention": _ATTENTION,
     "mlp": _MLP,
-    **{role: frozenset({role}) for role in sorted(_ATTENTION | _MLP | {"lm_head"})},
+    "vocabulary": _VOCABULARY,
+    "all": _ATTENTION | _MLP | _VOCABULARY,
+    **{role: frozenset({role}) for role in sorted(_ATTENTION | _MLP | _VOCABULARY)},
 }
 """What stands after @ -> roles of `LinearSpec`."""
 
@@ -40,6 +43,11 @@ def match(pattern: str, linears: Sequence[LinearSpec]) -> list[LinearSpec]:
         return [s for s in linears if s.role in roles or (inside and s.layer is not None)]
     expression = _expression(pattern)
     return [s for s in linears if expression.fullmatch(s.name)]
+
+
+def outside(pattern: str) -> bool:
+    """Whether a pattern names a role that no layer of a decoder block has."""
+    return pattern.startswith("@") and _roles(pattern) <= _VOCABULARY
 
 
 def closest(pattern: str, linears: Sequence[LinearSpec]) -> list[str]:

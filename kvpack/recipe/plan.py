@@ -10,8 +10,10 @@ from typing import Literal
 from kvpack.core.model_spec import AttentionSpec, LinearSpec, ModelSpec
 from kvpack.core.roles import Codec, Part, Plane, Retriever, Solver, TierPolicy, Transform
 from kvpack.core.types import Shape, TensorSpec
+from kvpack.recipe.basis import BasisPlan
 from kvpack.recipe.inputs_plan import InputsPlan, basis_name
 from kvpack.recipe.recipe import LoadedRecipe
+from kvpack.recipe.sparsity import SparsityPlan
 
 PLANES: tuple[Plane, ...] = ("key", "value")
 """The two sides of a cache, in the order in which they are handled everywhere."""
@@ -26,7 +28,7 @@ class WeightPlan:
 
     `tensors` are the codec's payload and what it learns for this weight (`kvpack.core.weight_code`);
     `inputs` approximates what the layer is given, token by token, None where that stays as it is.
-    `online` transforms run on that before; what they learn is stored as ``online<i>_<name>``.
+    `online` transforms, which learn nothing, run on that before.
     """
 
     linear: LinearSpec
@@ -197,7 +199,18 @@ class KVLayerPlan:
         scorer = self.policy.scorer
         fits = any(t.fits_prompt for plane in (self.key, self.value) for t in plane.online)
         ranks = scorer is not None and scorer.needs == "queries"
-        return fits or ranks or self.retrieval is not None
+        return fits or ranks or self.retrieval is not None or self.narrowed
+
+    @property
+    def window(self) -> int | None:
+        """The newest tokens that a query reads, of the model or of the policy; None for all."""
+        known = (w for w in (self.attention.window, self.policy.window) if w is not None)
+        return min(known, default=None)
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether the policy drops tokens that the model would read."""
+        return self.window != self.attention.window
 
     def ranked(self, plane: Plane) -> bool:
         """Whether importance decides by which codec a token of this plane is encoded."""
@@ -220,7 +233,7 @@ class KVLayerPlan:
         """
         block = self.block(plane)
         left = self.policy.leaving(tokens, block, plane)
-        needed = 0 if self.attention.window is None else max(0, tokens - self.attention.window + 1)
+        needed = 0 if self.window is None else max(0, tokens - self.window + 1)
         first = needed // block * block
         exact = tokens - max(left, first)
         if self.policy.scorer is not None:
@@ -243,7 +256,7 @@ class KVLayerPlan:
         return heads * (-(-(high + low) // 8)) + sums
 
     def visible_tokens(self, tokens: int) -> int:
-        """Tokens that the next token attends to."""
+        """Tokens that the next token attends to where nothing is compressed."""
         window = self.attention.window
         return tokens if window is None else min(tokens, window - 1)
 
@@ -272,6 +285,8 @@ class Plan:
     dropped: tuple[DroppedTensor, ...]
     kv: tuple[KVLayerPlan, ...]
     notes: tuple[str, ...] = ()
+    basis: tuple[BasisPlan, ...] = ()
+    sparsity: SparsityPlan | None = None
 
     def kv_parts(self) -> Iterator[Part]:
         """Every transform and codec of the cache, all layers."""
@@ -286,6 +301,8 @@ class Plan:
         tensors = dict(self.copied)
         for name, weight in self.weights.items():
             tensors.update({f"{name}.{part}": spec for part, spec in weight.tensors.items()})
+        if self.sparsity is not None:
+            tensors.update(self.sparsity.tensors())
         first = len(self.model.blocks)
 
         def order(name: str) -> tuple[int, str]:
@@ -294,9 +311,13 @@ class Plan:
 
         return {name: tensors[name] for name in sorted(tensors, key=order)}
 
+    def packed_tensors(self) -> list[str]:
+        """Names of the tensors of packed layers: those that lossless coding is for."""
+        return [f"{name}.{part}" for name, weight in self.weights.items() for part in weight.tensors]
+
     def kv_state_tensors(self) -> dict[str, TensorSpec]:
         """States and bases that caches read, by name; of folded transforms what they learned."""
-        tensors: dict[str, TensorSpec] = {}
+        tensors = {n: spec for change in self.basis for n, spec in change.state_tensors().items()}
         for layer in self.kv:
             tensors.update(layer.state_tensors())
         return tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -11,9 +12,11 @@ from kvpack.core.registry import kind_of
 from kvpack.core.roles import Codec, Plane, Transform
 from kvpack.core.types import Shape, TensorSpec
 from kvpack.core.weight_code import stored_spec
-from kvpack.recipe import compat, fitting, inputs, patterns, ranking, retrieval
+from kvpack.recipe import budget, compat, fitting, inputs, patterns, ranking, retrieval
+from kvpack.recipe.basis import BasisPlan, plan_basis, untie
 from kvpack.recipe.plan import DroppedTensor, KVLayerPlan, Plan, PlanePlan, WeightPlan
 from kvpack.recipe.recipe import KVCacheRecipe, LoadedRecipe, PlaneRecipe, Tier, WeightRule
+from kvpack.recipe.sparsity import SparsityPlan, plan_sparsity
 
 
 def resolve(loaded: LoadedRecipe, model: ModelSpec) -> Plan:
@@ -24,10 +27,15 @@ def resolve(loaded: LoadedRecipe, model: ModelSpec) -> Plan:
             something this model cannot do; every problem found is in the message.
     """
     errors: list[RecipeError] = []
+    if any(rule.at == "residual" for rule in loaded.recipe.basis):
+        model = untie(model)  # what was tied goes different ways
     weights = _weights(loaded, model, errors)
     kv = _kv_cache(loaded, model, errors)
+    changes = _basis(loaded, model, weights, errors)
+    sparsity = _sparsity(loaded, model, errors)
     if errors:
         raise errors[0] if len(errors) == 1 else RecipeErrors(errors)
+    weights = _with_online(weights, changes)
     dropped = [DroppedTensor(name, reason) for name, reason in sorted(model.ignored.items())]
     dropped += [
         DroppedTensor(name, f"tied to {model.tied[name]}, stored once")
@@ -36,28 +44,36 @@ def resolve(loaded: LoadedRecipe, model: ModelSpec) -> Plan:
     ]
     gone = {d.name for d in dropped} | {w.linear.weight for w in weights.values()}
     copied = {n: TensorSpec(t.shape, t.dtype) for n, t in sorted(model.tensors.items()) if n not in gone}
-    notes = (*compat.notes(kv), *compat.unfolded(loaded.recipe.kv_cache, kv))
-    return Plan(loaded, model, weights, copied, tuple(dropped), kv, notes)
+    notes = (
+        *compat.notes(kv),
+        *compat.unfolded(loaded.recipe.kv_cache, kv),
+        *compat.untied(model),
+        *compat.shared(weights.values(), model),
+        *compat.fused_experts(weights, copied),
+    )
+    return Plan(loaded, model, weights, copied, tuple(dropped), kv, notes, changes, sparsity)
 
 
 def _weights(loaded: LoadedRecipe, model: ModelSpec, errors: list[RecipeError]) -> dict[str, WeightPlan]:
     chosen: dict[str, tuple[int, LinearSpec]] = {}
     for index, rule in enumerate(loaded.recipe.weights):
-        matched = patterns.match(rule.match, model.linears)
+        matched = patterns.match(rule.match, model.packable)
         if not matched:
             errors.append(_no_match(loaded, index, rule, model))
         for linear in matched:
-            chosen.setdefault(linear.name, (index, linear))
+            holder = model.holder(linear) or linear
+            chosen.setdefault(holder.name, (index, holder))
     plans = {}
     for name in sorted(chosen):
         index, linear = chosen[name]
         try:
-            plan = _pack(index, linear, loaded.recipe.weights[index], model)
+            plan = _pack(index, linear, budget.at_width(loaded.recipe, index, linear.name), model)
         except RecipeError as error:
             errors.append(_located(error, loaded, f"weights.{index}"))
             continue
         if plan is not None:
             plans[name] = plan
+    errors += budget.unknown(loaded.recipe, plans)
     return plans
 
 
@@ -72,12 +88,44 @@ def _pack(index: int, linear: LinearSpec, rule: WeightRule, model: ModelSpec) ->
         )
     compat.check_weight_codec(rule.codec, rule.solver)
     compat.check_input_codec(rule.inputs)
+    compat.check_measured(linear, rule.solver, model)
     tensors = stored_spec(rule.codec, linear.shape, model.tensors[linear.weight].dtype)
-    return WeightPlan(linear, index, rule.codec, rule.solver, tensors, rule.inputs)
+    inputs = None if model.applied(linear) is None else rule.inputs  # rows of a table have no input
+    return WeightPlan(linear, index, rule.codec, rule.solver, tensors, inputs)
+
+
+def _basis(
+    loaded: LoadedRecipe, model: ModelSpec, weights: Mapping[str, WeightPlan], errors: list[RecipeError]
+) -> tuple[BasisPlan, ...]:
+    try:
+        packed = {weight.linear.weight: weight.codec for weight in weights.values()}
+        return plan_basis(loaded.recipe.basis, model, packed)
+    except RecipeError as error:
+        errors.append(_located(error, loaded, "basis"))
+        return ()
+
+
+def _with_online(weights: Mapping[str, WeightPlan], changes: tuple[BasisPlan, ...]) -> dict[str, WeightPlan]:
+    """Packed layers that also transform their input."""
+    found = dict(weights)
+    for change in changes:
+        for name, weight in found.items():
+            if change.online and change.site is not None and weight.linear.weight in change.site.readers:
+                online = (*weight.online, *change.transforms)
+                found[name] = dataclasses.replace(weight, online=online)
+    return found
+
+
+def _sparsity(loaded: LoadedRecipe, model: ModelSpec, errors: list[RecipeError]) -> SparsityPlan | None:
+    try:
+        return plan_sparsity(loaded.recipe.sparsity, model)
+    except RecipeError as error:
+        errors.append(_located(error, loaded, "sparsity"))
+        return None
 
 
 def _no_match(loaded: LoadedRecipe, index: int, rule: WeightRule, model: ModelSpec) -> RecipeError:
-    near = patterns.closest(rule.match, model.linears)
+    near = patterns.closest(rule.match, model.packable)
     return _located(
         RecipeError(
             f"{rule.match!r}: no linear layer of {model.architecture} matches",
@@ -143,6 +191,7 @@ def _kv_layer(
     if kv.inputs is not None:
         stored = inputs.plan_layer(attention, kv, kv.inputs, coded, model)
         ranking.check_ranking(stored, model.dtype)
+        compat.check_window(stored)
         return stored
     plan = KVLayerPlan(
         attention,
@@ -152,6 +201,7 @@ def _kv_layer(
         retrieval=retrieval.plan_retrieval(kv, attention, model.dtype),
     )
     ranking.check_ranking(plan, model.dtype)
+    compat.check_window(plan)
     return plan
 
 

@@ -18,6 +18,7 @@ from kvpack.recipe.plan import KVLayerPlan, state_name
 from kvpack.runtime.chain import ChainedLayer, Reconstruction
 from kvpack.runtime.inputs import InputsLayer
 from kvpack.runtime.layer import KVPackLayer
+from kvpack.runtime.narrowed import NarrowedLayer
 from kvpack.runtime.ranked_layer import RankedLayer
 from kvpack.runtime.retrieval import RetrievalLayer
 from kvpack.runtime.tokens import TokenTrack
@@ -107,7 +108,9 @@ class KVPackCache(Cache):
             return self._inputs_layer(plan, plan.inputs, states)
         rope = self.scheme.ropes.get(plan.attention.layer)
         make: Callable[..., KVPackLayer] = KVPackLayer
-        if plan.retrieval is not None:
+        if plan.narrowed:
+            make = NarrowedLayer
+        elif plan.retrieval is not None:
             make = partial(RetrievalLayer, retrieval=plan.retrieval)
         elif plan.policy.scorer is not None or plan.sees_attention:
             make = RankedLayer

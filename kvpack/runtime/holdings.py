@@ -24,10 +24,6 @@ class Holdings(ABC):
     def get_seq_length(self) -> int:
         """Slots so far: padding and tokens out of the window included."""
 
-    @abstractmethod
-    def _window_start(self, length: int) -> int:
-        """The oldest of `length` slots that the next token attends to."""
-
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales, exact tails and protected tokens."""
@@ -50,8 +46,7 @@ class Holdings(ABC):
         """Numbers that an uncompressed cache would hold."""
         if not self.is_initialized:
             return 0
-        length = self.get_seq_length()
-        held = length - self._window_start(length)
+        held = self.plan.visible_tokens(self.get_seq_length())
         attention = self.plan.attention
         return 2 * held * self.batch_size * attention.kv_heads * attention.head_dim
 

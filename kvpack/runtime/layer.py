@@ -45,8 +45,8 @@ class KVPackLayer(Holdings, CacheLayerMixin):
     ) -> None:
         super().__init__()
         self.plan, self.track, self.exact_prefill = plan, track, exact_prefill
-        self.sliding_window = plan.attention.window
-        self.is_sliding = self.sliding_window is not None
+        self.sliding_window = plan.window
+        self.is_sliding = plan.attention.window is not None
         self.record_past = False
         self._states, self._rope = states, rope
         self._planes: dict[Plane, PlaneCache] = {}
@@ -202,8 +202,8 @@ class KVPackLayer(Holdings, CacheLayerMixin):
         return past - start + query_length, start
 
     def get_max_length(self) -> int:
-        """The sliding window; -1 for full attention, which has no maximum."""
-        return -1 if self.sliding_window is None else self.sliding_window
+        """The model's sliding window; -1 for full attention, which has no maximum."""
+        return -1 if self.plan.attention.window is None else self.plan.attention.window
 
     def activate_past_recording(self) -> None:
         """Let tokens stay exact until `crop` is called, so that cropping leaves no trace.

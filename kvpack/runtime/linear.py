@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from kvpack.core import weight_code
 from kvpack.core.errors import UsageError
+from kvpack.core.packed_bytes import PackedBytes, unpack
 from kvpack.core.roles import Codec, Transform
 from kvpack.core.types import TensorSpec
 
@@ -30,57 +31,84 @@ class PackedWeight:
     online: tuple[Transform, ...] = ()
 
 
-class PackedLinear(nn.Module):
-    """``y = Q(T(x)) W^T + b`` where W [R, C] is stored as a codec's payload.
+class PackedTensors(nn.Module):
+    """A module whose weight [R, C] is stored as a codec's payload.
 
     The stored tensors are buffers under their own names ("codes", "scale", ...). They follow
-    the module to other devices and keep their dtypes: ``model.half()`` casts the bias, never a
+    the module to other devices and keep their dtypes: ``model.half()`` casts other tensors, never a
     scale, which would change what the codes mean.
 
-    Args:
-        weight: what is packed, and what happens to the input.
-        bias: a bias [R] to take over, None for none.
-        device: where the (uninitialised) buffers are made.
+    A buffer may itself hold packed bytes (its spec is `PackedBytes`). The module computes with what
+    is `lent` to it, else it unpacks them every time. `label` names it in errors.
     """
 
-    def __init__(
-        self,
-        weight: PackedWeight,
-        bias: nn.Parameter | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        if "bias" in weight.tensors:
-            raise UsageError(
-                f"a payload tensor of {type(weight.codec).__name__} is called 'bias'", why="it would clash"
-            )
-        self.packed = weight
-        self.out_features, self.in_features = weight.shape
+    packed: PackedWeight
+    label: str
+    lent: dict[str, Tensor] | None
+    _owner: tuple[PackedTensors, ...]
+
+    def hold(self, weight: PackedWeight, device: torch.device | str | None) -> None:
+        """Make the (uninitialised) buffers of `weight` on a device.
+
+        Raises:
+            UsageError: a stored tensor has the name of something that the module has already.
+        """
+        self.packed, self._owner, self.lent, self.label = weight, (), None, ""
         for name, spec in weight.tensors.items():
-            buffer = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
+            if name == "bias" or hasattr(self, name):
+                raise UsageError(
+                    f"a payload tensor of {type(weight.codec).__name__} is called {name!r}",
+                    why="it would clash",
+                )
+            held = spec.stored if isinstance(spec, PackedBytes) else spec
+            buffer = torch.empty(held.shape, dtype=getattr(torch, held.dtype), device=device)
             self.register_buffer(name, buffer)
-        self.bias = bias
+
+    def borrow(self, owner: PackedTensors) -> None:
+        """Compute with the tensors of another module: state dicts and memory have them once."""
+        # In a tuple, because a registered submodule would be stored a second time.
+        self.packed, self._owner = replace(owner.packed, tensors={}), (owner,)
 
     @property
     def stored(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
-        return {name: self.get_buffer(name) for name in self.packed.tensors}
+        if self._owner:
+            return self._owner[0].stored
+        lent = self.lent
+        return self.unpacked() if lent is None else lent
+
+    @property
+    def blobs(self) -> dict[str, PackedBytes]:
+        """What the buffers stand for that hold packed bytes, by name."""
+        return {name: s for name, s in self.packed.tensors.items() if isinstance(s, PackedBytes)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers, without what is lent."""
+        return sum(self.get_buffer(name).nbytes for name in self.packed.tensors)
+
+    def unpacked(self) -> dict[str, Tensor]:
+        """The stored tensors by name; those that are packed in memory are unpacked anew.
+
+        Raises:
+            ArtifactError: a block is damaged; names the tensor.
+        """
+        blobs = self.blobs
+        held = {name: self.get_buffer(name) for name in self.packed.tensors}
+        return {n: unpack(t, blobs[n], f"{self.label}.{n}") if n in blobs else t for n, t in held.items()}
+
+    def keep_unpacked(self) -> None:
+        """Unpack what is packed in memory, for good."""
+        tensors = self.unpacked()
+        for name, spec in self.blobs.items():
+            self._buffers[name] = tensors[name]
+            self.packed = replace(
+                self.packed, tensors={**self.packed.tensors, name: TensorSpec(spec.shape, spec.dtype)}
+            )
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The decoded weight [R, C]."""
         return weight_code.decode(self.packed.codec, self.stored, self.packed.shape, dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to `x` [..., C]; the weight is decoded to the dtype of `x`."""
-        states = weight_code.online_states(self.packed.online, self.stored, self.in_features)
-        x = weight_code.prepare_input(x, self.packed.online, states, self.packed.inputs)
-        return functional.linear(x, self.dense(x.dtype), self.bias)
-
-    def extra_repr(self) -> str:
-        """Shape and stored bits per weight."""
-        stored = sum(t.nbytes for t in self.packed.tensors.values())
-        bits = f"bits={8 * stored / (self.in_features * self.out_features):.2f}"
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {bits}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Let `fn` move the buffers but not cast them."""
@@ -91,6 +119,42 @@ class PackedLinear(nn.Module):
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         finally:
             self._buffers.update(moved)
+
+
+class PackedLinear(PackedTensors):
+    """``y = Q(T(x)) W^T + b`` where W is packed.
+
+    Args:
+        weight: what is packed, and what happens to the input; or the module whose packed weight this
+            layer shares.
+        bias: a bias [R] to take over, None for none.
+        device: where the (uninitialised) buffers are made.
+    """
+
+    def __init__(
+        self,
+        weight: PackedWeight | PackedTensors,
+        bias: nn.Parameter | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(weight, PackedTensors):
+            self.borrow(weight)
+        else:
+            self.hold(weight, device)
+        self.out_features, self.in_features = self.packed.shape
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to `x` [..., C]; the weight is decoded to the dtype of `x`."""
+        x = weight_code.prepare_input(x, self.packed.online, self.packed.inputs)
+        return functional.linear(x, self.dense(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        """Shape and stored bits per weight."""
+        stored = (self._owner[0] if self._owner else self).nbytes
+        bits = f"bits={8 * stored / (self.in_features * self.out_features):.2f}"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {bits}"
 
 
 def _without_cast(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:

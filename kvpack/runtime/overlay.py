@@ -57,6 +57,28 @@ class Overlay:
         keys[row, :, token] = self.keys[inside]
         values[row, :, token] = self.values[inside]
 
+    def older(self, slot: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Protected tokens before `slot`, side by side for each of `batch` rows.
+
+        Returns:
+            Keys and values [B, K, n, D] and their slots int64 [B, n] in ascending order; -1 and zeros
+            where a row has fewer than n.
+        """
+        chosen = (self.slots < slot).nonzero().squeeze(-1)
+        chosen = chosen[(self.rows[chosen].long() * (1 << 31) + self.slots[chosen]).argsort()]
+        rows = self.rows[chosen].long()
+        counts = rows.bincount(minlength=batch)
+        place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+        most = int(counts.max()) if len(rows) else 0
+        slots = torch.full((batch, most), -1, dtype=torch.int64, device=rows.device)
+        slots[rows, place] = self.slots[chosen].long()
+        found = []
+        for plane in (self.keys, self.values):
+            dense = plane.new_zeros((batch, plane.shape[1], most, plane.shape[2]))
+            dense[rows, :, place] = plane[chosen]
+            found.append(dense)
+        return found[0], found[1], slots
+
     def keep(self, first_slot: int, stop_slot: int) -> None:
         """Forget tokens outside of `first_slot` to `stop_slot`."""
         if len(self):

@@ -7,6 +7,7 @@ configurations (`CASES`), or where a part has settings without defaults.
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor
 from kvpack.calibrate.stats import accumulator
 from kvpack.core import registry
 from kvpack.core.roles import Part
-from kvpack.core.types import State, Stats, TensorSpec
+from kvpack.core.types import Group, State, Stats, TensorSpec
+from kvpack.parts.codecs.affine import Affine
 
+SYMMETRIC = Affine(bits=8, group=Group("channel", 0), zero="none")
 CASES = Path(__file__).parent / "cases"
 
 
@@ -28,6 +31,8 @@ def parts(role: str) -> list:
         cases = configurations(role, kind)
         try:
             default = [registry.find(role, kind)()]
+            if role == "transforms":
+                default = [default[0].for_codec(SYMMETRIC)]
         except TypeError:
             assert cases, f"{role}/{kind} has settings without defaults: add {CASES}/{role}_{kind}.py"
             default = []
@@ -36,13 +41,18 @@ def parts(role: str) -> list:
 
 
 def configurations(role: str, kind: str) -> list[Part]:
+    return list(getattr(cases(role, kind), "CASES", ()))
+
+
+def cases(role: str, kind: str) -> ModuleType | None:
+    """The cases file of a part, None where there is none."""
     path = CASES / f"{role}_{kind}.py"
     if not path.exists():
-        return []
+        return None
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return list(module.CASES)
+    return module
 
 
 def stats_of(part: Part, x: Tensor) -> Stats:
@@ -50,12 +60,14 @@ def stats_of(part: Part, x: Tensor) -> Stats:
 
     Gradients, queries and projections are random; RoPE turns channel d with d + D/2.
     """
+    layer_input = x.dim() == 2
     x = x if x.dim() == 4 else x[None, None]
     batch, heads, tokens, channels = x.shape
     streams = {
         "input": x,
         "gradient": 1e-4 * random(*x.shape, seed=11),
         "query": random(batch, heads, 2 * tokens, channels, seed=12),
+        "factor": random(batch, heads, tokens, channels, seed=16),
     }
     found: dict[str, State] = {}
     for stat in part.requires():
@@ -64,7 +76,8 @@ def stats_of(part: Part, x: Tensor) -> Stats:
             found[stat.name] = {"weight": weight, "heads": torch.tensor(heads)}
             continue
         if stat.of == "consumers":
-            found[stat.name] = {"weight": random(40, channels, seed=15)}
+            rows = random(heads, 40, channels, seed=15)
+            found[stat.name] = {"weight": rows[0] if layer_input else rows}
             continue
         if stat.of == "rope":
             half = channels // 2

@@ -41,7 +41,7 @@ def test_frontier_budget_and_best() -> None:
     assert found.best("prefill").recipe == "b"
     # Protocol B's own caches hold one bit more.
     assert [p.recipe for p in found.points("decode") if found.fits(p)] == ["a", "b"]
-    assert found.best("decode").kv_bits == 4
+    assert found.best("decode").bits == 4
 
 
 def test_without_a_budget_nothing_is_best() -> None:

@@ -182,10 +182,12 @@ def test_unknown_fused_layout_is_refused(tmp_path):
         open_model(path)
 
 
-def test_packed_experts_are_refused(tmp_path):
-    path = _write(tmp_path, "mixtral", **SMALL, num_local_experts=2)
-    with pytest.raises(UnsupportedModel, match="experts"):
-        open_model(path)
+def test_experts_of_a_layout_of_their_own_stay_fused(tmp_path):
+    """Transposed, interleaved and with biases: their tensors are known, but no linear layers."""
+    path = _write(tmp_path, "gpt_oss", **SMALL, num_local_experts=2, num_experts_per_tok=1)
+    spec = open_model(path)
+    assert len(spec.tensors["model.layers.0.mlp.experts.gate_up_proj"].shape) == 3
+    assert {x.role for x in spec.linears} == {"q", "k", "v", "o", "lm_head"}
 
 
 def test_encoder_decoder_is_refused(tmp_path):

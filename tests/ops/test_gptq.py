@@ -57,7 +57,7 @@ def test_dead_channels_are_isolated() -> None:
 
 def test_no_group_straddles_a_block() -> None:
     for columns, group, block in [(72, 24, 20), (72, 16, 40), (100, 32, 128), (70, 70, 32), (9, 4, 1)]:
-        ranges = gptq._blocks(columns, group, block)
+        ranges = gptq.blocks(columns, group, block)
         assert [i for a, b in ranges for i in range(a, b)] == list(range(columns))
         for start, stop in ranges:
             inside = {i // group for i in range(start, stop)}

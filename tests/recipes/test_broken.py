@@ -116,9 +116,10 @@ def test_what_cannot_be_done_is_refused_before_any_work(
         pipeline.make_plan(source, "w4", overrides)
 
 
-def test_packing_a_tied_head_is_refused(make_source: MakeSource, work: Path) -> None:
-    with refused(RecipeError, match="lm_head shares its weight", untouched=work):
-        pipeline.make_plan(make_source("llama", tied=True), "w8", ["weights.0.match=lm_head"])
+@pytest.mark.parametrize("match", ["@embedding", "@all", "embed_tokens"])
+def test_measuring_an_untied_embedding_is_refused(match: str, make_source: MakeSource, work: Path) -> None:
+    with refused(RecipeError, match="'gptq' cannot choose codes for model.embed_tokens", untouched=work):
+        pipeline.make_plan(make_source("llama"), "w4", [f"weights.0.match={match}"])
 
 
 def test_undoing_rope_that_changes_with_the_context_is_refused(tmp_path: Path, work: Path) -> None:

@@ -7,30 +7,51 @@ number generator or another part's file.
 
 from __future__ import annotations
 
-from kvpack.core.roles.compression import Codec, GridCodec, Transform
+from kvpack.core.roles.allocators import Allocator
+from kvpack.core.roles.compression import (
+    ClassedCodec,
+    Codec,
+    DiagonalTransform,
+    GridCodec,
+    MaskedCodec,
+    Transform,
+)
+from kvpack.core.roles.packers import Packer
 from kvpack.core.roles.part import Part
+from kvpack.core.roles.sparsity import Thresholds
 from kvpack.core.roles.tokens import Plane, Retriever, Scorer, TierPolicy
+from kvpack.core.roles.vectors import VectorCodec
 from kvpack.core.roles.weights import Solver
 
 __all__ = [
     "ROLES",
+    "Allocator",
+    "ClassedCodec",
     "Codec",
+    "DiagonalTransform",
     "GridCodec",
+    "MaskedCodec",
+    "Packer",
     "Part",
     "Plane",
     "Retriever",
     "Scorer",
     "Solver",
+    "Thresholds",
     "TierPolicy",
     "Transform",
+    "VectorCodec",
 ]
 
 ROLES: dict[str, type[Part]] = {
     "transforms": Transform,
     "codecs": Codec,
+    "packers": Packer,
     "policies": TierPolicy,
     "retrievers": Retriever,
     "scorers": Scorer,
     "solvers": Solver,
+    "thresholds": Thresholds,
+    "allocators": Allocator,
 }
 """Folder under `kvpack/parts/` -> the class its parts extend."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from kvpack.core.errors import RecipeError
@@ -31,6 +32,15 @@ class Transform(Part, ABC):
     needs_rope: ClassVar[bool] = False
     """Whether `forward` reads `Site.rope` and `Site.positions`."""
 
+    diagonal: ClassVar[bool] = False
+    """``forward`` multiplies every channel by a factor of its own."""
+
+    permutes: ClassVar[bool] = False
+    """``forward`` only puts channels in another order."""
+
+    orthonormal: ClassVar[bool] = False
+    """``forward`` multiplies by an orthonormal matrix, at least within one head."""
+
     fits_prompt: ClassVar[bool] = False
     """Whether a cache makes this transform's state from its first tokens, see `fit_prompt`."""
 
@@ -56,6 +66,13 @@ class Transform(Part, ABC):
     def shape(self, shape: Shape) -> Shape:
         """Shape of `forward`'s output for an input of `shape`; unchanged by default."""
         return shape
+
+    def for_codec(self, codec: Codec | None) -> Transform:
+        """This transform, knowing which codec the weights in its basis will get; itself by default.
+
+        None where none of them is packed.
+        """
+        return self
 
     @abstractmethod
     def forward(self, x: Tensor, state: State, at: Site) -> Tensor:
@@ -98,6 +115,32 @@ class Transform(Part, ABC):
                 why="a part after it wants to know the queries in its basis",
             )
         return partner
+
+
+class DiagonalTransform(Transform):
+    """z = x / s with a factor s per channel; what reads x is multiplied by s.
+
+    A subclass says how s is found (`fit`). State: "factor" float32 [K, D].
+    """
+
+    diagonal: ClassVar[bool] = True
+
+    def state_spec(self, shape: Shape) -> dict[str, TensorSpec]:
+        """One factor per channel."""
+        return {"factor": TensorSpec((shape[-3], shape[-1]), "float32")}
+
+    def forward(self, x: Tensor, state: State, at: Site) -> Tensor:
+        """Divide."""
+        return x.float() / state["factor"].unsqueeze(-2)
+
+    def inverse(self, z: Tensor, state: State, at: Site) -> Tensor:
+        """Multiply."""
+        return z.float() * state["factor"].unsqueeze(-2)
+
+    def dual(self, q: Tensor, state: State, at: Site) -> Tensor:
+        """Multiply; `q` may have several heads per kv head."""
+        repeat = q.shape[1] // state["factor"].shape[0]
+        return q.float() * state["factor"].repeat_interleave(repeat, 0).unsqueeze(-2)
 
 
 class Codec(Part, ABC):
@@ -146,6 +189,13 @@ class Codec(Part, ABC):
         query = query.float()
         return query @ self.decode(payload, state, query.dtype).mT
 
+    def gridded(self, x: Tensor) -> GridCodec | None:
+        """This codec with everything fixed that spans whole rows of `x` [..., T, D]; None if it has no grid.
+
+        What is left are grids of groups of channels, which solvers fit and fill one after another.
+        """
+        return None
+
     def nests(self, coarser: Codec) -> bool:
         """Whether `lower` turns this codec's payloads into those of `coarser`."""
         return False
@@ -163,6 +213,10 @@ class GridCodec(Codec):
 
     Solvers need this: they choose each code knowing the rounding errors of the others.
     """
+
+    def gridded(self, x: Tensor) -> GridCodec | None:
+        """Itself: nothing spans more than a group."""
+        return self
 
     @abstractmethod
     def group_size(self, channels: int) -> int:
@@ -183,3 +237,47 @@ class GridCodec(Codec):
     @abstractmethod
     def assemble(self, codes: Tensor, grid: State) -> Payload:
         """Pack chosen codes and their grid into a payload."""
+
+
+class MaskedCodec(Codec):
+    """A codec that keeps `keep` of every `of` neighbouring channels and leaves these to another codec.
+
+    Where `of` does not divide the channels, the last few are filled up with zeros.
+    """
+
+    keep: int
+    of: int
+
+    @property
+    @abstractmethod
+    def survivors(self) -> Codec:
+        """The codec of what is kept, `keep` channels for every `of`."""
+
+    @abstractmethod
+    def join(self, kept: Tensor, payload: Payload) -> Payload:
+        """The payload of all channels.
+
+        Args:
+            kept: which channels are, bool [..., T, D filled up]; exactly `keep` of every `of`.
+            payload: what `survivors` made of those, in order [..., T, D filled up * keep / of].
+        """
+
+
+class ClassedCodec(Codec):
+    """A codec that divides channels into classes by importance and codes each on grids of its own."""
+
+    @abstractmethod
+    def classes(self, channels: int) -> tuple[tuple[int, GridCodec], ...]:
+        """Channels of each class and their codec, in stored order; `channels` together."""
+
+    @abstractmethod
+    def rank(self, salience: Tensor) -> State:
+        """The state in which the channels are divided by `salience` [C], higher matters more."""
+
+    @abstractmethod
+    def order(self, state: State, channels: int) -> Tensor:
+        """The channels in stored order, int64 [C]."""
+
+    @abstractmethod
+    def join(self, payloads: Sequence[Payload]) -> Payload:
+        """The payload of all channels, from those of the classes."""

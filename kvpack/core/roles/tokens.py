@@ -63,6 +63,14 @@ class TierPolicy(Part, ABC):
     """Whether `protect` reads `CacheView.hidden`."""
 
     @property
+    def window(self) -> int | None:
+        """How many tokens a query reads at most, the newest with itself, beside protected ones; None: all.
+
+        What is older and not protected is dropped, whatever the model would let a query read.
+        """
+        return None
+
+    @property
     @abstractmethod
     def coded(self) -> tuple[str, ...]:
         """Names of the coded tiers, in the order in which a token passes them."""

@@ -119,6 +119,7 @@ class Affine(GridCodec):
 
     def encode(self, x: Tensor, state: State, valid: Tensor | None = None) -> Payload:
         """Fit a grid to `x` and round to it."""
+        x = x.float()
         grid = self.grid(x, valid)
         return self.assemble(self.snap(x, grid), grid)
 

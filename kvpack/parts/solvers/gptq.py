@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvpack import ops
 from kvpack.core.errors import KvpackError, RecipeError
-from kvpack.core.roles import Codec, GridCodec, Solver
+from kvpack.core.roles import Codec, Solver
 from kvpack.core.types import Solution, Stat, Stats
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ class Gptq(Solver):
             RecipeError: the codec has no grid, or its groups run along the rows.
             KvpackError: the Gram matrix is missing, has another size, or is not finite.
         """
-        if not isinstance(codec, GridCodec) or codec.token_block != 1:
+        grids = codec.gridded(weight)
+        if grids is None or grids.token_block != 1:
             raise RecipeError(
                 f"gptq cannot choose codes for {type(codec).__name__} as configured",
                 hint="use a codec with groups along channels, such as affine, or solver: {kind: rtn}",
@@ -62,14 +63,14 @@ class Gptq(Solver):
         codes, grid = ops.gptq.solve(
             weight.float(),
             upper,
-            codec.group_size(weight.shape[1]),
-            codec.grid,
-            codec.snap,
-            codec.value,
+            grids.group_size(weight.shape[1]),
+            grids.grid,
+            grids.snap,
+            grids.value,
             order=order,
             block=self.block,
         )
-        return Solution(codec.assemble(codes, grid))
+        return Solution(grids.assemble(codes, grid))
 
 
 def _gram(stats: Stats, channels: int) -> Tensor:

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 from kvpack.core.errors import KvpackError
 from kvpack.core.lazy import torch
-from kvpack.core.roles import Transform
-from kvpack.core.types import Shape, Site, Stat, State, Stats, TensorSpec
+from kvpack.core.roles import DiagonalTransform
+from kvpack.core.types import Stat, State, Stats
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 
 @dataclass(frozen=True)
-class ChannelScale(Transform):
+class ChannelScale(DiagonalTransform):
     """k / lambda with lambda = max|k|^alpha over calibration tokens, per kv head and channel.
 
     Queries are multiplied by lambda instead, so outlier channels move to where nothing is
@@ -25,7 +25,6 @@ class ChannelScale(Transform):
     """
 
     commutes_with_rope: ClassVar[bool] = True
-
     alpha: float = field(default=0.5, metadata={"minimum": 0.0, "maximum": 1.0})
 
     def requires(self) -> frozenset[Stat]:
@@ -49,20 +48,3 @@ class ChannelScale(Transform):
         peak = torch.maximum(peak, peak[:, stats["rope.partner"]["partner"]])
         factor = torch.where(peak > 0, peak, 1.0).double() ** self.alpha
         return {"factor": factor.float()}
-
-    def state_spec(self, shape: Shape) -> dict[str, TensorSpec]:
-        """One factor per channel."""
-        return {"factor": TensorSpec((shape[-3], shape[-1]), "float32")}
-
-    def forward(self, x: Tensor, state: State, at: Site) -> Tensor:
-        """Divide."""
-        return x.float() / state["factor"].unsqueeze(-2)
-
-    def inverse(self, z: Tensor, state: State, at: Site) -> Tensor:
-        """Multiply."""
-        return z.float() * state["factor"].unsqueeze(-2)
-
-    def dual(self, q: Tensor, state: State, at: Site) -> Tensor:
-        """Multiply queries; `q` may have several heads per kv head."""
-        repeat = q.shape[1] // state["factor"].shape[0]
-        return q.float() * state["factor"].repeat_interleave(repeat, 0).unsqueeze(-2)

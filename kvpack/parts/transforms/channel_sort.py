@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvpack.core.errors import KvpackError
 from kvpack.core.lazy import torch
@@ -30,6 +30,9 @@ class ChannelSort(Transform):
     and "max" are measured on calibration tokens. State: "perm" [K, D], the source of every output
     channel, uint8 where D <= 256, else int16. Source: K-sort, arXiv 2403.20137, section 3.
     """
+
+    permutes: ClassVar[bool] = True
+    orthonormal: ClassVar[bool] = True
 
     by: Literal["weight", "rms", "max"] = "weight"
 

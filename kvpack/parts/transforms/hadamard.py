@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from kvpack import ops
 from kvpack.core.errors import KvpackError
@@ -24,6 +24,8 @@ class Hadamard(Transform):
     not precede it. Sources: QuaRot, arXiv 2404.00456 (one head); RotateKV, arXiv 2501.16383,
     section 3.1 (groups of heads).
     """
+
+    orthonormal: ClassVar[bool] = True
 
     heads: int = field(default=1, metadata={"minimum": 1})
 

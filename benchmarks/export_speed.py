@@ -1,0 +1,353 @@
+"""Time of `kvpack calibrate` and `kvpack export` by stage, and how it grows with layers and tokens.
+
+Writes a synthetic Llama checkpoint of the stated shape (random bf16 weights), runs the real pipeline
+on it and reports the seconds of every stage:
+
+    python benchmarks/export_speed.py gptq --layers 24 --samples 128    # acceptance: the stated size
+    python benchmarks/export_speed.py gptq --layers 2 --samples 16 --scale --repeat 3   # 2x work, what time?
+    python benchmarks/export_speed.py rtn --layers 24 --bits 4 3 8 --repeat 5           # MB of source per second
+
+A stage's seconds are those spent in its functions and not in those of another stage. They are
+wrapped from outside, here; the product holds no timers. Stages in different threads overlap: "wall"
+is what a user waits, "processor" what all threads together computed, the system's share included.
+
+On a machine that others use as well, wall times mean little: `--clock cpu` gives torch one thread
+and counts the processor time of every stage instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from kvpack import pipeline
+from tests.tiny_models import make_tokenizer
+
+Times = dict[str, float]
+Clock = Callable[[], float]
+CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
+
+RTN_STAGES = {
+    "plan": "kvpack.pipeline:make_plan",
+    "check: read, hash, NaN": "kvpack.models.scan:scan",
+    "read": "kvpack.models.weights:SourceReader.read",
+    "encode": "kvpack.parts.solvers.rtn:Rtn.solve",
+    "measure error": "kvpack.packing:relative_error",
+    "hash and write": "kvpack.artifact.writer:ArtifactWriter.write_tensor",
+    "fsync": "os:fsync",
+}
+GPTQ_STAGES = {
+    "plan": "kvpack.pipeline:make_plan",
+    "check: read, hash, NaN": "kvpack.models.scan:scan",
+    "text": "kvpack.pipeline:_samples",
+    "embed": "kvpack.calibrate.sequential:Sweep._embed",
+    "load block": "kvpack.models.view:ModelView.load_block",
+    "forward for statistics": "kvpack.calibrate.sequential:Sweep._pass",
+    "gram": "kvpack.calibrate.stats:Accumulator.update",
+    "factorise": "kvpack.ops.gptq:inverse_factor",
+    "sweep": "kvpack.ops.gptq:solve",
+    "output error": "kvpack.calibrate.solve:_energy",
+    "store calibration": "kvpack.calibrate.store:CalibrationWriter.flush",
+    "read": "kvpack.models.weights:SourceReader.read",
+    "measure error": "kvpack.packing:relative_error",
+    "hash and write": "kvpack.artifact.writer:ArtifactWriter.write_tensor",
+    "fsync": "os:fsync",
+}
+PACKED_FORWARD = "forward of packed block"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A synthetic model and its calibration."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    samples: int
+    tokens: int
+
+    @property
+    def label(self) -> str:
+        """As a table heads it."""
+        return f"{self.layers} layers, {self.samples} x {self.tokens} tokens"
+
+
+class Stages:
+    """Exclusive seconds per stage, measured by wrapping functions while a block of code runs."""
+
+    def __init__(self, places: dict[str, str], clock: Clock) -> None:
+        self.places, self.clock = places, clock
+        self.wall, self.processor = time.perf_counter(), time.process_time()
+        self.seconds: Times = defaultdict(float)
+        self._stack = threading.local()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Wrap every place; put all back afterwards."""
+        undo = []
+        for stage, place in self.places.items():
+            module, _, path = place.partition(":")
+            *outer, name = path.split(".")
+            owner: Any = importlib.import_module(module)
+            for part in outer:
+                owner = getattr(owner, part)
+            original = getattr(owner, name)
+            setattr(owner, name, self._timed(stage, original))
+            undo.append((owner, name, original))
+        try:
+            yield
+        finally:
+            for owner, name, original in undo:
+                setattr(owner, name, original)
+
+    def totals(self) -> Times:
+        """Everything since this was made, beside the stages."""
+        wall, processor = time.perf_counter() - self.wall, time.process_time() - self.processor
+        return {**self.seconds, "wall": wall, "processor": processor}
+
+    def _timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            here = PACKED_FORWARD if kwargs.get("keep") else stage
+            stack = self._stack.__dict__.setdefault("inner", [])
+            stack.append(0.0)
+            start = self.clock()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent = self.clock() - start
+                self.seconds[here] += spent - stack.pop()
+                if stack:
+                    stack[-1] += spent
+
+        return call
+
+
+def write_source(folder: Path, shape: Shape) -> int:
+    """Write a sharded checkpoint, one shard per layer; returns its bytes."""
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.hidden // shape.heads,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=max(2048, shape.tokens),
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    weight_map: dict[str, str] = {}
+    for i in range(shape.layers):
+        _save(folder, f"model-{i:05d}.safetensors", _layer(shape, i), weight_map)
+    random = _random(shape.layers)
+    outside = {
+        "model.embed_tokens.weight": random(shape.vocabulary, shape.hidden),
+        "lm_head.weight": random(shape.vocabulary, shape.hidden),
+        "model.norm.weight": torch.ones(shape.hidden, dtype=torch.bfloat16),
+    }
+    _save(folder, "model-outside.safetensors", outside, weight_map)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+
+
+def _random(seed: int) -> Callable[..., torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).bfloat16()
+
+
+def _layer(shape: Shape, i: int) -> dict[str, torch.Tensor]:
+    random, hidden, ffn = _random(i), shape.hidden, shape.ffn
+    narrow = hidden // shape.heads * shape.kv_heads
+    tensors = {
+        "self_attn.q_proj.weight": random(hidden, hidden),
+        "self_attn.k_proj.weight": random(narrow, hidden),
+        "self_attn.v_proj.weight": random(narrow, hidden),
+        "self_attn.o_proj.weight": random(hidden, hidden),
+        "mlp.gate_proj.weight": random(ffn, hidden),
+        "mlp.up_proj.weight": random(ffn, hidden),
+        "mlp.down_proj.weight": random(hidden, ffn),
+        "input_layernorm.weight": torch.ones(hidden, dtype=torch.bfloat16),
+        "post_attention_layernorm.weight": torch.ones(hidden, dtype=torch.bfloat16),
+    }
+    return {f"model.layers.{i}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _save(folder: Path, name: str, shard: dict[str, torch.Tensor], weight_map: dict[str, str]) -> None:
+    save_file(shard, folder / name, metadata={"format": "pt"})
+    weight_map.update(dict.fromkeys(shard, name))
+
+
+def measure_rtn(
+    shape: Shape, bits: list[int], repeat: int, clock: Clock
+) -> tuple[int, dict[str, list[Times]]]:
+    """Times of `export --recipe w4@rtn` per width, as often as asked; and the bytes of the source."""
+    runs: dict[str, list[Times]] = {f"{b}-bit": [] for b in bits}
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch, "source")
+        source.mkdir()
+        size = write_source(source, shape)
+        # Widths take turns, so that a machine that slows down slows them all.
+        for _ in range(repeat):
+            for width in bits:
+                change = f"weights.0.codec.bits={width}"
+                runs[f"{width}-bit"].append(_rtn(source, Path(scratch, "out"), change, clock))
+    return size, runs
+
+
+def _rtn(source: Path, out: Path, change: str, clock: Clock) -> Times:
+    stages = Stages(RTN_STAGES, clock)
+    with stages.watching():
+        plan = pipeline.make_plan(source, "w4@rtn", [change])
+        pipeline.export(plan, out, force=True)
+    return stages.totals()
+
+
+def measure_gptq(shapes: list[Shape], repeat: int, clock: Clock) -> dict[str, list[Times]]:
+    """Times of `calibrate` and `export --calibration` with the recipe w4, per shape."""
+    runs: dict[str, list[Times]] = {shape.label: [] for shape in shapes}
+    with tempfile.TemporaryDirectory() as scratch:
+        for shape in shapes:
+            source = Path(scratch, f"source-{shape.layers}")
+            if not source.exists():
+                source.mkdir()
+                write_source(source, shape)
+        for _ in range(repeat):
+            for shape in shapes:
+                runs[shape.label].append(_gptq(Path(scratch), shape, clock))
+                print(shape.label, runs[shape.label][-1], file=sys.stderr)
+    return runs
+
+
+def _gptq(scratch: Path, shape: Shape, clock: Clock) -> Times:
+    stages = Stages(GPTQ_STAGES, clock)
+    calibration, source = scratch / "calibration", scratch / f"source-{shape.layers}"
+    changes = [f"calibration.samples={shape.samples}", f"calibration.sample_tokens={shape.tokens}"]
+    with stages.watching():
+        plan = pipeline.make_plan(source, "w4", changes)
+        pipeline.calibrate(plan, calibration, force=True)
+        calibrated = stages.totals()
+        pipeline.export(plan, scratch / "out", calibration=calibration, force=True)
+    found = stages.totals()
+    return {
+        **found,
+        "wall, calibrate": calibrated["wall"],
+        "wall, export": found["wall"] - calibrated["wall"],
+    }
+
+
+def medians(runs: list[Times]) -> Times:
+    """The median of every figure."""
+    return {stage: statistics.median(run.get(stage, 0.0) for run in runs) for stage in runs[0]}
+
+
+def table(runs: dict[str, list[Times]], ratios: bool) -> list[str]:
+    """A row per stage: medians, the least wall time, and ratios to the first column if asked."""
+    columns = {label: medians(found) for label, found in runs.items()}
+    first = next(iter(columns.values()))
+    heads = [f"{label}, s" for label in columns]
+    heads += [f"{label}: ratio" for label in list(columns)[1:]] if ratios else []
+    lines = [f"| stage | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for stage in first:
+        cells = [f"{column[stage]:.2f}" for column in columns.values()]
+        if ratios:
+            cells += [f"{column[stage] / first[stage]:.2f}" for column in list(columns.values())[1:]]
+        lines.append(f"| {stage} | {' | '.join(cells)} |")
+    return lines
+
+
+def throughput(size: int, runs: dict[str, list[Times]]) -> list[str]:
+    """MB of source per second, for the median and for the best run."""
+    lines = ["", f"| {size / 1e6:.0f} MB of source | median | best | worst |", "|---|---|---|---|"]
+    for label, found in runs.items():
+        for what in ("wall", "processor"):
+            times = sorted(run[what] for run in found)
+            rates = [size / 1e6 / seconds for seconds in (statistics.median(times), times[0], times[-1])]
+            lines.append(f"| {label}, per second of {what} | {' | '.join(f'{x:.0f} MB' for x in rates)} |")
+    return lines
+
+
+def heading(shape: Shape, repeat: int) -> list[str]:
+    """What was run, on what."""
+    return [
+        f"# Time of `kvpack calibrate` and `kvpack export`, by stage: {' '.join(sys.argv[1:])}",
+        "",
+        f"Hidden {shape.hidden}, FFN {shape.ffn}, {shape.heads} heads of which {shape.kv_heads} for keys and "
+        f"values, vocabulary {shape.vocabulary}, {shape.layers} layers; random bf16 weights. "
+        f"Medians of {repeat}. {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end, "
+        f"Python {platform.python_version()}, torch {torch.__version__} with {torch.get_num_threads()} "
+        f"threads, transformers {transformers.__version__}. Files are in the page cache.",
+        "",
+    ]
+
+
+def main() -> None:
+    """Run the measurements and print or write the tables."""
+    arguments = _arguments()
+    shape = Shape(
+        arguments.layers,
+        arguments.hidden,
+        arguments.ffn,
+        arguments.heads,
+        arguments.kv_heads,
+        arguments.vocabulary,
+        arguments.samples,
+        arguments.tokens,
+    )
+    if arguments.clock == "cpu":
+        torch.set_num_threads(1)
+    clock = CLOCKS[arguments.clock]
+    if arguments.what == "rtn":
+        size, runs = measure_rtn(shape, arguments.bits, arguments.repeat, clock)
+        lines = [*table(runs, ratios=False), *throughput(size, runs)]
+    else:
+        more = [replace(shape, layers=2 * shape.layers), replace(shape, samples=2 * shape.samples)]
+        runs = measure_gptq([shape, *more] if arguments.scale else [shape], arguments.repeat, clock)
+        lines = table(runs, ratios=True)
+    text = "\n".join([*heading(shape, arguments.repeat), *lines]) + "\n"
+    if arguments.output:
+        arguments.output.write_text(text)
+    print(text)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["rtn", "gptq"])
+    sizes = {"layers": 24, "hidden": 1024, "ffn": 2816, "heads": 16, "kv-heads": 8, "vocabulary": 32000}
+    sizes |= {"samples": 128, "tokens": 512, "repeat": 1}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4], help="rtn: widths")
+    parser.add_argument("--scale", action="store_true", help="gptq: also 2x layers and 2x samples")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="for stages")
+    parser.add_argument("--output", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

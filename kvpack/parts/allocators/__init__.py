@@ -1,0 +1,1 @@
+"""Allocators: where a budget of bits is spent."""

@@ -1,0 +1,1 @@
+"""Packers: bytes of a tensor as fewer bytes, exactly."""

@@ -1,0 +1,1 @@
+"""From what magnitude on numbers of a token are kept."""
