@@ -3,9 +3,9 @@
 Writes a synthetic Llama checkpoint of the stated shape (random bf16 weights), runs the real pipeline
 on it and reports the seconds of every stage:
 
-    python benchmarks/export_speed.py gptq --layers 24 --samples 128    # acceptance: the stated size
-    python benchmarks/export_speed.py gptq --layers 2 --samples 16 --scale --repeat 3   # 2x work, what time?
-    python benchmarks/export_speed.py rtn --layers 24 --bits 4 3 8 --repeat 5           # MB of source per second
+    python benchmarks/export_speed.py gptq --layers 24 --samples 128  # the stated size
+    python benchmarks/export_speed.py gptq --layers 2 --samples 16 --scale --repeat 3  # 2x work
+    python benchmarks/export_speed.py rtn --layers 24 --bits 4 3 8 --repeat 5  # MB per second
 
 A stage's seconds are those spent in its functions and not in those of another stage. They are
 wrapped from outside, here; the product holds no timers. Stages in different threads overlap: "wall"
@@ -49,7 +49,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 
 RTN_STAGES = {
     "plan": "kvpack.pipeline:make_plan",
-    "check: read, hash, NaN": "kvpack.models.scan:scan",
+    "check: read, hash, NaN": "kvpack.models.scan:_scan_file",
     "read": "kvpack.models.weights:SourceReader.read",
     "encode": "kvpack.parts.solvers.rtn:Rtn.solve",
     "measure error": "kvpack.packing:relative_error",
@@ -58,7 +58,7 @@ RTN_STAGES = {
 }
 GPTQ_STAGES = {
     "plan": "kvpack.pipeline:make_plan",
-    "check: read, hash, NaN": "kvpack.models.scan:scan",
+    "check: read, hash, NaN": "kvpack.models.scan:_scan_file",
     "text": "kvpack.pipeline:_samples",
     "embed": "kvpack.calibrate.sequential:Sweep._embed",
     "load block": "kvpack.models.view:ModelView.load_block",
@@ -130,7 +130,7 @@ class Stages:
 
     def _timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            here = PACKED_FORWARD if kwargs.get("keep") else stage
+            here = PACKED_FORWARD if kwargs.get("keep") and "forward" in stage else stage
             stack = self._stack.__dict__.setdefault("inner", [])
             stack.append(0.0)
             start = self.clock()

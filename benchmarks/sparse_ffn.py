@@ -28,9 +28,15 @@ class Dense(nn.Module):
 
     def __init__(self, channels: int, width: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(channels, width, bias=False, dtype=dtype)
-        self.up_proj = nn.Linear(channels, width, bias=False, dtype=dtype)
-        self.down_proj = nn.Linear(width, channels, bias=False, dtype=dtype)
+        shapes = {
+            "gate_proj": (channels, width),
+            "up_proj": (channels, width),
+            "down_proj": (width, channels),
+        }
+        for name, shape in shapes.items():
+            linear = nn.utils.skip_init(nn.Linear, *shape, bias=False, dtype=dtype)
+            nn.init.normal_(linear.weight, std=shape[0] ** -0.5)
+            self.add_module(name, linear)
         self.act_fn = nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,27 +51,33 @@ def sparse(dense: Dense, x: Tensor, keep: float) -> SparseFeedForward:
     copy = Dense(channels, width, x.dtype)
     copy.load_state_dict(dense.state_dict())
     gate = copy.act_fn(copy.gate_proj(x)).abs().float()
-    module = SparseFeedForward(copy, SparseSite("feed_forward", 0, width, Magnitude(keep)), Switch("dense"), "")
+    module = SparseFeedForward(
+        copy, SparseSite("feed_forward", 0, width, Magnitude(keep)), Switch("dense"), ""
+    )
     module.threshold = torch.quantile(gate, 1 - keep)[None].bfloat16()
     module.start(True)
     return module
 
 
-def seconds(work: Callable[[], object]) -> float:
+def seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
     """Time of one call."""
-    start = time.perf_counter()
+    start = clock()
     work()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def compare(channels: int, width: int, dtype: torch.dtype, keep: float, runs: int) -> str:
+def compare(
+    channels: int, width: int, dtype: torch.dtype, keep: float, runs: int, clock: Callable[[], float]
+) -> str:
     """One row of the table."""
     torch.manual_seed(0)
     dense, x = Dense(channels, width, dtype), torch.randn(1, 1, channels, dtype=dtype)
     module = sparse(dense, x, keep)
     exact, found = dense(x).float(), module(x).float()
     error = float((found - exact).norm() / exact.norm())
-    pairs = [(seconds(lambda: dense(x)), seconds(lambda: module(x))) for _ in range(runs + 2)][2:]
+    pairs = [(seconds(lambda: dense(x), clock), seconds(lambda: module(x), clock)) for _ in range(runs + 2)][
+        2:
+    ]
     times = [1000 * statistics.median(side) for side in zip(*pairs, strict=True)]
     ratios = sorted(b / a for a, b in pairs)
     active = module.gate.kept / module.gate.seen
@@ -84,8 +96,10 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=21)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: others use it, too")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
+    clock = time.perf_counter if chosen.clock == "wall" else time.process_time
     print("| C x I | dtype | threads | kept | dense ms | sparse ms | sparse / dense | middle half | error |")
     print("|---|---|---|---|---|---|---|---|---|")
     with torch.inference_mode():
@@ -93,7 +107,9 @@ def main() -> None:
             for channels in map(int, chosen.widths.split(",")):
                 for keep in map(float, chosen.keep.split(",")):
                     width = channels * 43 // 16
-                    print(compare(channels, width, getattr(torch, name), keep, chosen.runs), flush=True)
+                    print(
+                        compare(channels, width, getattr(torch, name), keep, chosen.runs, clock), flush=True
+                    )
 
 
 if __name__ == "__main__":

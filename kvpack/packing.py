@@ -1,4 +1,4 @@
-"""Source tensors -> artifact tensors, one at a time, in the order of the plan."""
+"""Source tensors -> artifact tensors, a few at a time, in the order of the plan."""
 
 from __future__ import annotations
 

@@ -10,16 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvpack.core.access import CLOSED, Access
+from kvpack.core.ahead import in_order
 from kvpack.core.errors import ArtifactError, KvpackError
 from kvpack.core.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from kvpack.artifact.reader import Artifact
     from kvpack.core.model_spec import ModelSpec
+    from kvpack.packing import Packing
     from kvpack.recipe.plan import Plan
 
 PROBE_TOKENS = 256
@@ -153,24 +156,33 @@ def _source(artifact: Artifact, model: ModelSpec, progress: Progress) -> str:
 
 
 def _differences(artifact: Artifact, plan: Plan, progress: Progress) -> Iterator[tuple[str, str]]:
-    import torch
-
-    from kvpack.packing import Packing, relative_error
+    from kvpack.packing import Packing
 
     packing = Packing(plan, None, learned=artifact.kv_state())
     names = [*plan.copied, *plan.weights]
+    # In threads as the export: torch then sums in the same order, to the last bit.
+    found = in_order(partial(_difference, artifact, packing, name) for name in names)
     for done, name in enumerate(names):
         progress("compare", done, len(names), name)
-        if name in plan.copied:
-            if not torch.equal(artifact.read(name), packing.source(name)):
-                yield name, "differs from the source"
-            continue
-        weight = plan.weights[name]
-        error = relative_error(packing.source(weight.linear.weight), weight.codec, artifact.solution(name))
-        recorded = artifact.manifest.weights[name].relative_error
-        if recorded is None or not math.isclose(error, recorded, abs_tol=ERROR_TOLERANCE):
-            yield name, f"has relative error {error:.5f}, recorded is {recorded}"
+        if problem := next(found):
+            yield name, problem
     progress("compare", len(names), len(names))
+
+
+def _difference(artifact: Artifact, packing: Packing, name: str) -> str:
+    """What is wrong with a copied tensor or a packed layer; empty when nothing is."""
+    import torch
+
+    from kvpack.packing import relative_error
+
+    if name in packing.plan.copied:
+        return "" if torch.equal(artifact.read(name), packing.source(name)) else "differs from the source"
+    weight = packing.plan.weights[name]
+    error = relative_error(packing.source(weight.linear.weight), weight.codec, artifact.solution(name))
+    recorded = artifact.manifest.weights[name].relative_error
+    if recorded is None or not math.isclose(error, recorded, abs_tol=ERROR_TOLERANCE):
+        return f"has relative error {error:.5f}, recorded is {recorded}"
+    return ""
 
 
 def _logits(artifact: Artifact, source: str | Path | None, access: Access, progress: Progress) -> str:

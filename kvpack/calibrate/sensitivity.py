@@ -170,7 +170,7 @@ class _Sensitivity(GradientSweep):
         wanted = {}
         for module, name in layers.items():
             solver = self.plan.weights[name].solver
-            own = solver.requires() if self.budget.rounding == "solver" else frozenset[Stat]()
+            own = frozenset[Stat]() if self.budget.rounding == "nearest" else solver.requires()
             wanted[module] = frozenset(s for s in self.allocator.requires() if s.of == "input") | own
         self.watched = _Watched(InputStats(wanted), self.kinds)
         self.modules = {module: self.view.module(module) for module in layers}
@@ -199,23 +199,35 @@ class _Sensitivity(GradientSweep):
             if not stats:
                 self.losses[name] = dict.fromkeys(self.options.codecs[name], 0.0)
                 continue
-            by_solver = self.budget.rounding == "solver"
-            self._add(name, stats | self._consumers(module, layers) if by_solver else stats, by_solver)
+            if self.budget.rounding == "nearest":
+                self._add(name, stats)
+            else:
+                self._add(name, stats | self._consumers(module, layers), self.budget.rounding)
 
-    def _add(self, name: str, stats: Stats, by_solver: bool) -> None:
+    def _add(self, name: str, stats: Stats, rounding: str = "nearest") -> None:
         """Add one use of a weight to its losses at every width."""
-        weight, known = self.plan.weights[name], self.losses.setdefault(name, {})
-        matrix = self.reader.read(weight.linear.weight).float()
-        for bits, codec in self.options.codecs[name].items():
-            used = codec if by_solver else stand_in(codec)
-            found = (
-                weight.solver.solve(matrix, used, stats) if by_solver else Solution(used.encode(matrix, {}))
-            )
-            rounded = used.decode(found.payload, found.state, torch.float32)
-            loss = self.allocator.loss(matrix, rounded, stats)
-            if not 0 <= loss < float("inf"):
-                raise KvpackError(f"an allocator's loss is {loss}", where=name, hint="check the weights")
+        known, codecs = self.losses.setdefault(name, {}), self.options.codecs[name]
+        matrix = self.reader.read(self.plan.weights[name].linear.weight).float()
+        losses = {bits: self._loss_of(name, matrix, codec, stats, rounding) for bits, codec in codecs.items()}
+        least = min(codecs)
+        if rounding == "solver_once" and losses[least] > 0:
+            gained = self._loss_of(name, matrix, codecs[least], stats, "solver") / losses[least]
+            losses = {bits: gained * loss for bits, loss in losses.items()}
+        for bits, loss in losses.items():
             known[bits] = known.get(bits, 0.0) + loss
+
+    def _loss_of(self, name: str, matrix: Tensor, codec: Codec, stats: Stats, rounding: str) -> float:
+        """The loss at one width."""
+        if rounding == "solver":
+            found = self.plan.weights[name].solver.solve(matrix, codec, stats)
+        else:
+            codec = stand_in(codec)
+            found = Solution(codec.encode(matrix, {}))
+        rounded = codec.decode(found.payload, found.state, torch.float32)
+        loss = self.allocator.loss(matrix, rounded, stats)
+        if not 0 <= loss < float("inf"):
+            raise KvpackError(f"an allocator's loss is {loss}", where=name, hint="check the weights")
+        return loss
 
     def _consumers(self, module: str, layers: Mapping[str, str]) -> dict[str, State]:
         """The weights of all layers that are given the same input."""
@@ -234,7 +246,7 @@ class _Sensitivity(GradientSweep):
         for name in self._names(None):
             if self.plan.weights[name].linear.role == "embedding":
                 matrix = self.reader.read(self.plan.weights[name].linear.weight).float()
-                self._add(name, self._table_stats(matrix), by_solver=False)
+                self._add(name, self._table_stats(matrix))
 
     def _table_stats(self, matrix: Tensor) -> dict[str, State]:
         rows, channels = matrix.shape

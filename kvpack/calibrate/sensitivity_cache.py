@@ -40,7 +40,7 @@ def key_of(options: Options, budget: BudgetRecipe, hashes: Mapping[str, str], to
     layers = {}
     for name, codecs in options.codecs.items():
         codec = with_bits(next(iter(codecs.values())), next(iter(codecs)))
-        solver = to_mapping(options.plan.weights[name].solver) if budget.rounding == "solver" else None
+        solver = to_mapping(options.plan.weights[name].solver) if budget.rounding != "nearest" else None
         layers[name] = [to_mapping(codec), sorted(codecs), solver]
     return {
         "format": FORMAT,

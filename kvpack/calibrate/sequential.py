@@ -118,6 +118,9 @@ class Sweep:
         self.batch = plan.recipe.recipe.calibration.batch
         self.recordings: dict[int, Recording] = {}
         self.kv = {x.attention.layer: x for x in plan.kv}
+        self._by_layer: dict[int | None, dict[str, WeightPlan]] = {}
+        for name, weight in plan.weights.items():
+            self._by_layer.setdefault(weight.linear.layer, {})[name] = weight
         self._sources: dict[str, Tensor] = {}
 
     def all_blocks(self) -> None:
@@ -141,8 +144,9 @@ class Sweep:
             return True
         return layer in self.kv or any(w.solver.requires() for w in self._weights(layer).values())
 
-    def _weights(self, layer: int | None) -> dict[str, WeightPlan]:
-        return {n: w for n, w in self.plan.weights.items() if w.linear.layer == layer}
+    def _weights(self, layer: int | None) -> Mapping[str, WeightPlan]:
+        """The packed layers of a block, or (None) of what stands outside."""
+        return self._by_layer.get(layer, {})
 
     def _embed(self) -> Tensor:
         """Hidden states [N, T, C] that enter block 0; float16 is too narrow to keep them in."""

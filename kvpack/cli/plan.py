@@ -58,6 +58,9 @@ def plan_result(made: Plan, context: int = CONTEXT_TOKENS) -> Result:
     rows.append(("total", "", "", f"{total['bits_per_weight']:.2f}", human_bytes(total["bytes"])))
     columns = ("weights", "tensors", "scheme", "bits/w", "bytes")
     lines.append(table(columns, rows, right=("tensors", "bits/w", "bytes")))
+    if data["basis"]:
+        changes = [(r["at"], r["places"], r["scheme"]) for r in data["basis"]]
+        lines += ["", table(("change of basis", "places", "transforms"), changes, right=("places",))]
     if data["budget"] is not None:
         lines += ["", *budget_lines(data["budget"])]
     if sparse := sparsity_lines(data["sparsity"]):
@@ -82,6 +85,7 @@ def plan_data(made: Plan, context: int) -> dict[str, Any]:
         "source_bytes": made.model.nbytes,
         "recipe": {"name": made.recipe.recipe.name, "sha256": made.recipe.sha256},
         "weights": _weight_rows(made),
+        "basis": _basis_rows(made),
         "artifact": {"bytes": count.total, "bits_per_weight": count.bits_per_weight},
         "storage": to_mapping(made.recipe.recipe.storage),
         "budget": budget_data(made),
@@ -105,7 +109,7 @@ def _weight_rows(made: Plan) -> list[dict[str, Any]]:
             {
                 "match": made.recipe.recipe.weights[index].match,
                 "tensors": len(weights),
-                "scheme": f"{_codecs_text(weights)}; {describe(weights[0].solver)}",
+                "scheme": _scheme_text(weights),
                 "bits_per_element": 8 * nbytes / elements,
                 "bytes": nbytes,
             }
@@ -124,6 +128,25 @@ def _weight_rows(made: Plan) -> list[dict[str, Any]]:
         }
     )
     return rows
+
+
+def _basis_rows(made: Plan) -> list[dict[str, Any]]:
+    """Changes of basis: where, in how many places, and by what; searched codecs are left out."""
+    rows: dict[tuple[str, str, bool], int] = defaultdict(int)
+    for change in made.basis:
+        scheme = " > ".join(describe(t).partition(", codec (")[0] for t in change.transforms)
+        rows[change.role, scheme, change.online] += 1
+    return [
+        {"at": at, "places": count, "scheme": f"{scheme} ({'online' if online else 'folded'})"}
+        for (at, scheme, online), count in rows.items()
+    ]
+
+
+def _scheme_text(weights: list[WeightPlan]) -> str:
+    """How a rule packs its layers, and what it does to their inputs."""
+    inputs = weights[0].inputs
+    packed = f"{_codecs_text(weights)}; {describe(weights[0].solver)}"
+    return packed if inputs is None else f"{packed}; inputs {describe(inputs)}"
 
 
 def _codecs_text(weights: list[WeightPlan]) -> str:

@@ -115,9 +115,7 @@ class Solution:
         return {**self.payload.tensors, **self.state}
 
 
-Stream = Literal[
-    "input", "gradient", "query", "projection", "rope", "consumers", "factor", "output_gradient"
-]
+Stream = Literal["input", "gradient", "query", "projection", "rope", "consumers", "factor", "output_gradient"]
 """What a statistic is measured on, see `Stat`."""
 
 

@@ -18,14 +18,25 @@ _PLAIN_GATE = "transformers.integrations.moe"
 """Where the gating lives that a class of experts has unless it defines its own."""
 
 
+class _Projection(nn.Linear):
+    """A linear layer without bias, in the dtype and on the device of `like`, whose weight is not set."""
+
+    def __init__(self, channels: int, rows: int, like: Tensor) -> None:
+        super().__init__(channels, rows, bias=False, device=like.device, dtype=like.dtype)
+        self.weight.requires_grad_(False)
+
+    def reset_parameters(self) -> None:
+        """Draw no numbers: of thousands of experts that would take most of the time of a plan."""
+
+
 class Expert(nn.Module):
     """``y = down(act(gate(x)) * up(x))`` for x [N, C]: one expert."""
 
     def __init__(self, channels: int, width: int, act: Callable[[Tensor], Tensor], like: Tensor) -> None:
         super().__init__()
-        self.gate_proj = _linear(channels, width, like)
-        self.up_proj = _linear(channels, width, like)
-        self.down_proj = _linear(width, channels, like)
+        self.gate_proj = _Projection(channels, width, like)
+        self.up_proj = _Projection(channels, width, like)
+        self.down_proj = _Projection(width, channels, like)
         self.act_fn = act
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,11 +102,3 @@ def _is_fused(module: nn.Module) -> bool:
         and {name for name, _ in module.named_parameters()} == _FUSED
         and isinstance(getattr(module, "act_fn", None), nn.Module)
     )
-
-
-def _linear(channels: int, rows: int, like: Tensor) -> nn.Linear:
-    """A linear layer without bias in the dtype and on the device of `like`, not initialised."""
-    with torch.device("meta"):
-        linear = nn.Linear(channels, rows, bias=False, dtype=like.dtype)
-    linear.weight = nn.Parameter(torch.empty(rows, channels, dtype=like.dtype, device=like.device), False)
-    return linear

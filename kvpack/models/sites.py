@@ -31,6 +31,8 @@ def describe_sites(
         block = model.get_submodule(spec.block)
         inside = [x for x in linears if x.layer == spec.layer]
         norms = {name: norm for name, norm in _norms(spec.block, block).items() if norm is not None}
+        if any(parameter.dim() > 2 for parameter in block.parameters()):
+            norms.pop("mlp", None)  # fused experts of an unknown layout read it
         yield from _attention_sites(spec, inside, norms, _strangers(model, spec, inside))
         yield from _middle_sites(spec, inside)
 

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from kvpack.ops import entropy as entropy
     from kvpack.ops import fourier as fourier
     from kvpack.ops import gptq as gptq
-    from kvpack.ops import gptq_vectors as gptq_vectors
     from kvpack.ops import gptq_classes as gptq_classes
     from kvpack.ops import gptq_sparse as gptq_sparse
+    from kvpack.ops import gptq_vectors as gptq_vectors
     from kvpack.ops import hadamard as hadamard
     from kvpack.ops import half_quadratic as half_quadratic
     from kvpack.ops import kmeans as kmeans

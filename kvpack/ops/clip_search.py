@@ -66,7 +66,7 @@ def search(x: Tensor, metric: Tensor, grids: Grids, tried: Sequence[Pair]) -> Gr
     """
     if (len(tried) == 1 and tried[0] == (1.0, 1.0)) or grids.group_size(2) < 2:
         return grids.grid(x)
-    pieces = [_search(part, metric.to(x.dtype), grids, tried) for part in x.split(_rows(x.shape[1]))]
+    pieces = [_search(part, metric.to(x.dtype), grids, tried) for part in torch.split(x, _rows(x.shape[1]))]
     return {name: torch.cat([piece[name] for piece in pieces], -2) for name in pieces[0]}
 
 
@@ -79,7 +79,7 @@ def fitter(metric: Tensor, size: int, grids: Grids, tried: Sequence[Pair]) -> Ca
         grids: how a group is coded.
         tried: pairs (gamma, beta).
     """
-    parts = iter(metric.split(size))
+    parts = iter(torch.split(metric, size))
     return lambda columns: search(columns, next(parts), grids, tried)
 
 

@@ -71,10 +71,14 @@ def fit_books(
         float32 [B, count, size].
     """
     whole = torch.where(scale == 0, 1.0, scale).unsqueeze(-1)
-    vectors = (weight.unflatten(1, (-1, size)) / whole).transpose(0, 1)
-    heavy, channels = scale.square().T, importance.unflatten(0, (-1, size))
-    parts = zip(*(x.split(per_book) for x in (vectors, heavy, channels)), strict=True)
-    return torch.stack([kmeans_vectors.fit_weighted(*part, count, seed=seed) for part in parts])
+    vectors = (torch.unflatten(weight, 1, (-1, size)) / whole).transpose(0, 1)
+    channels = torch.unflatten(importance, 0, (-1, size))
+    found = []
+    for first in range(0, len(vectors), per_book):
+        part = slice(first, first + per_book)
+        heavy = scale[:, part].square().T
+        found.append(kmeans_vectors.fit_weighted(vectors[part], heavy, channels[part], count, seed=seed))
+    return torch.stack(found)
 
 
 def refit(

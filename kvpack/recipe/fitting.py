@@ -16,9 +16,9 @@ def needs_data(recipe: Recipe) -> bool:
     """Whether any part of a recipe asks for statistics, and so for calibration text."""
     if recipe.budget is not None and recipe.budget.open:
         return True
-    return any(part.requires() for part in _parts(
-        (recipe.basis, recipe.weights, recipe.kv_cache, recipe.sparsity)
-    ))
+    return any(
+        part.requires() for part in _parts((recipe.basis, recipe.weights, recipe.kv_cache, recipe.sparsity))
+    )
 
 
 def _parts(value: Any) -> Iterator[Part]:

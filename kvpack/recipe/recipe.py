@@ -165,8 +165,10 @@ class BudgetRecipe:
     where what a block leaves over passes to the next).
 
     Losses are measured on the first `samples` samples of the calibration text, in the uncompressed
-    model. `rounding` tells what stands for a layer at a width: codes rounded to nearest, or those of
-    its own solver, which takes as much time per width as solving once.
+    model. `rounding` tells what stands for a layer at a width: codes rounded to nearest ("nearest");
+    codes of its own solver ("solver"), which takes as much time per width as solving once; or
+    ("solver_once") rounding to nearest, by the factor that the solver gains at the smallest width,
+    which hardly depends on the width where grids are even.
 
     `bits` are the widths by layer that were found; where they are given, nothing is measured.
     """
@@ -177,7 +179,7 @@ class BudgetRecipe:
     counts: Literal["all", "packed"] = "all"
     scope: Literal["model", "block"] = "model"
     widths: tuple[int, ...] = field(default=(2, 3, 4, 5, 6, 8), metadata={"minimum": 1, "maximum": 16})
-    rounding: Literal["nearest", "solver"] = "nearest"
+    rounding: Literal["nearest", "solver", "solver_once"] = "solver_once"
     samples: int = field(default=32, metadata={"minimum": 1})
     bits: Mapping[str, int] | None = None
 

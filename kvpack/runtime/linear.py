@@ -68,6 +68,7 @@ class PackedTensors(nn.Module):
         """Compute with the tensors of another module: state dicts and memory have them once."""
         # In a tuple, because a registered submodule would be stored a second time.
         self.packed, self._owner = replace(owner.packed, tensors={}), (owner,)
+        self.lent, self.label = None, ""
 
     @property
     def stored(self) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ def replace_sparse(model: nn.Module, plan: SparsityPlan) -> None:
         if site.kind == "feed_forward":
             new = SparseFeedForward(old, site, switch, name)
         else:
-            new = SparseLinear(old, site, switch)
+            new = SparseLinear(cast(nn.Linear, old), site, switch)
         model.set_submodule(name, new)
         switch.gates[name] = new.gate
 

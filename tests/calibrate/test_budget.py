@@ -181,7 +181,13 @@ def test_sensitivities_are_those_of_the_whole_model(
     """Gram matrices and gradients of one backward pass through the model as transformers runs it."""
     from transformers import AutoModelForCausalLM
 
-    overrides = (*SMALL, "weights.0.match='@all'", "budget.target_bpw=5", "budget.counts=packed")
+    overrides = (
+        *SMALL,
+        "weights.0.match='@all'",
+        "budget.target_bpw=5",
+        "budget.counts=packed",
+        "budget.rounding=nearest",
+    )
     job = job_for(checkpoint("llama"), "rtn", *overrides)
     budget = job.plan.recipe.recipe.budget
     options = Options.of(job.plan, budget)
@@ -217,7 +223,7 @@ def test_sensitivities_are_those_of_the_whole_model(
 @pytest.mark.parametrize(
     "allocator", ["{kind: output_error, weight_by: output}", "{kind: distribution_distance}"]
 )
-@pytest.mark.parametrize("rounding", ["nearest", "solver"])
+@pytest.mark.parametrize("rounding", ["nearest", "solver", "solver_once"])
 def test_other_allocators_and_solvers(planned: Callable[..., Plan], allocator: str, rounding: str) -> None:
     plan = planned(
         "budget.target_bpw=4",

@@ -42,7 +42,8 @@ def test_sampled_text_follows_the_seed(generate: Kvpack) -> None:
 
 def test_json_and_stats_tell_the_size_of_the_cache(generate: Kvpack) -> None:
     data = generate("--json").json["data"]
-    assert data.keys() == {"text", "tokens", "kv_bytes", "kv_bits_per_element"}
+    assert {"text", "tokens", "kv_bytes", "kv_bits_per_element"} <= data.keys()
+    assert data["residency"] is None
     assert data["tokens"] == len(PROMPT) + 12
     elements = (data["tokens"] - 1) * 2 * 2 * 2 * 16
     assert data["kv_bits_per_element"] == pytest.approx(8 * data["kv_bytes"] / elements)
@@ -79,3 +80,33 @@ def test_a_folder_that_is_no_artifact(call_kvpack: Kvpack, tiny_source: str) -> 
     done = call_kvpack("generate", tiny_source, "-p", "x", "--json")
     assert done.code == 4
     assert done.json["error"]["code"] == "E_ARTIFACT"
+
+
+def test_limits_for_weights_in_memory_say_what_was_chosen(
+    call_kvpack: Kvpack, tiny_source: str, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "out")
+    assert call_kvpack("export", tiny_source, "-r", "lossless", "-o", out).code == 0
+    planned = call_kvpack("plan", tiny_source, "-r", "lossless").out
+    assert "before lossless coding of packed weights: byte_planes packers (zstd)" in planned
+    assert re.search(r"lossless +.* for .*x, \d+ tensors coded", call_kvpack("inspect", out).out)
+    done = call_kvpack("generate", out, "-p", "ab", "-n", "2", "--max-slowdown", "500%")
+    assert re.search(r"weights in memory: .*B instead of .*B; \d of 2 layers stay losslessly coded", done.out)
+    assert re.search(r"one token: [\d.]+ ms \([+-][\d.]+%\), predicted", done.out)
+    data = call_kvpack("generate", out, "-p", "ab", "-n", "2", "--max-weight-memory", "1GB", "--json")
+    assert data.json["data"]["residency"]["packed"] == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        (("--max-slowdown", "fast"), "5% or 0.05"),
+        (("--max-weight-memory", "much"), "4GB"),
+        (("--max-slowdown", "5%"), "storage"),
+        (("--max-slowdown", "5%", "--max-weight-memory", "1GB"), "one of them"),
+    ],
+)
+def test_limits_that_make_no_sense_are_errors(generate: Kvpack, flags: tuple[str, ...], hint: str) -> None:
+    done = generate(*flags)
+    assert done.code == 2
+    assert hint in done.err

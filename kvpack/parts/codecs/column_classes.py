@@ -28,9 +28,10 @@ class ColumnClasses(ClassedCodec):
 
     The `salient_fraction` of the channels that matter most are the first class, the
     `other_fraction` that matter least the last. Both are rounded to a multiple of 8, and to 8 at
-    least unless they are 0. One bit would be too few: 2 bits mean 4 bits for the salient channels, 3
-    for the `other_fraction` after them, and 2 for the rest. No class has more than 8 bits. Fewer
-    than 64 channels are one class.
+    least unless they are 0. The last class is left out where its grids would cost more than its
+    codes save: below some 1000 channels, at 2.5 %. One bit would be too few: 2 bits mean 4 bits for
+    the salient channels, 3 for the `other_fraction` after them, and 2 for the rest. No class has more
+    than 8 bits. Fewer than 64 channels are one class.
 
     Each class is coded by `codec` with its own bits (those given there do not matter), and in its own
     groups, which never span two classes. The classes lie one after the other, and a class keeps the
@@ -65,10 +66,11 @@ class ColumnClasses(ClassedCodec):
         other = min(self._count(self.other_fraction, channels), channels - salient)
         rest = channels - salient - other
         if self.bits == 2:
-            sizes = ((salient, 4), (other, 3), (rest, 2))
-        else:
-            sizes = ((salient, min(self.bits + 1, 8)), (rest, self.bits), (other, self.bits - 1))
-        return tuple((count, self._with_bits(bits)) for count, bits in sizes if count)
+            return self._divided((salient, 4), (other, 3), (rest, 2))
+        first = (salient, min(self.bits + 1, 8))
+        three = self._divided(first, (rest, self.bits), (other, self.bits - 1))
+        two = self._divided(first, (rest + other, self.bits))
+        return three if _row_bytes(three) < _row_bytes(two) else two
 
     def rank(self, salience: Tensor) -> State:
         """Divide channels by `salience` [D], ties in their original order.
@@ -145,10 +147,20 @@ class ColumnClasses(ClassedCodec):
         places = self.order(state, channels).argsort().to(together.device)
         return together[..., places]
 
-    def _with_bits(self, bits: int) -> GridCodec:
-        return cast(GridCodec, replace(self.codec, bits=bits))  # type: ignore[type-var]
+    def _divided(self, *sizes: tuple[int, int]) -> tuple[tuple[int, GridCodec], ...]:
+        """`codec` with the bits of each class that has channels."""
+        return tuple(
+            (count, cast(GridCodec, replace(self.codec, bits=bits)))  # type: ignore[type-var]
+            for count, bits in sizes
+            if count
+        )
 
     def _count(self, fraction: float, channels: int) -> int:
         if not fraction or channels < FEWEST:
             return 0
         return max(STEP, round(fraction * channels / STEP) * STEP)
+
+
+def _row_bytes(classes: Sequence[tuple[int, GridCodec]]) -> int:
+    """Stored bytes of one row."""
+    return sum(spec.nbytes for count, codec in classes for spec in codec.spec((1, count)).values())
