@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 1 << 21
 """Rows are gathered in pieces that stay in the processor's cache until they are multiplied."""
 
 
