@@ -67,7 +67,7 @@ GPTQ_STAGES = {
     "factorise": "kvpack.ops.gptq:inverse_factor",
     "sweep": "kvpack.ops.gptq:solve",
     "output error": "kvpack.calibrate.solve:_energy",
-    "store calibration": "kvpack.calibrate.store:CalibrationWriter.flush",
+    "store calibration": "kvpack.calibrate.writer:CalibrationWriter.flush",
     "read": "kvpack.models.weights:SourceReader.read",
     "measure error": "kvpack.packing:relative_error",
     "hash and write": "kvpack.artifact.writer:ArtifactWriter.write_tensor",

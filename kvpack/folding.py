@@ -17,7 +17,8 @@ from kvpack.core.weight_code import stored_spec
 from kvpack.models.fold import fold, fold_names
 from kvpack.models.weights import SourceReader
 from kvpack.recipe.basis import BasisPlan
-from kvpack.recipe.plan import KVLayerPlan, Plan, WeightPlan
+from kvpack.recipe.kv_plan import KVLayerPlan
+from kvpack.recipe.plan import Plan, WeightPlan
 
 if TYPE_CHECKING:
     from torch import Tensor

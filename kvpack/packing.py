@@ -20,7 +20,8 @@ from kvpack.core.types import Solution, State
 from kvpack.folding import Folding
 from kvpack.recipe.basis import BasisPlan, basis_state
 from kvpack.recipe.inputs_plan import basis_name
-from kvpack.recipe.plan import KVLayerPlan, Plan, WeightPlan, state_name
+from kvpack.recipe.kv_plan import KVLayerPlan, state_name
+from kvpack.recipe.plan import Plan, WeightPlan
 from kvpack.recipe.sparsity import THRESHOLD, SparsityPlan
 
 if TYPE_CHECKING:

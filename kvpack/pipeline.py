@@ -5,14 +5,13 @@ plan -> scan -> calibrate -> pack and write -> check what was written.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from kvpack.artifact.manifest import FORMAT_VERSION, Manifest
+from kvpack.artifact.manifest import Manifest
 from kvpack.core.access import CLOSED, Access
 from kvpack.core.errors import KvpackError, UsageError
 from kvpack.core.memory import return_large_blocks
@@ -267,7 +266,7 @@ def _write(
     shard_bytes: int,
     progress: Progress,
 ) -> Manifest:
-    from kvpack.artifact.from_plan import manifest_of
+    from kvpack.artifact.from_plan import config_of, manifest_of
     from kvpack.artifact.source_files import sidecar_files
     from kvpack.packing import Packing
 
@@ -279,7 +278,7 @@ def _write(
         writer.write_tensor(name, tensor)
     progress("export", len(specs), len(specs))
     writer.write_kv_state(plan.kv_state_tensors(), packing.kv_states())
-    writer.write_json("config.json", _config(plan))
+    writer.write_json("config.json", config_of(plan))
     for name, path in sidecar_files(plan.model.path).items():
         writer.copy_file(path, name)
     stored = sum(record.nbytes for record in writer.written().tensors.values())
@@ -292,17 +291,3 @@ def _write(
         sparsity=packing.sparsity(),
         calibration=None if calibration is None else calibration.origin,
     )
-
-
-def _config(plan: Plan) -> dict[str, Any]:
-    """The source's config.json, marked so that transformers asks kvpack to load it.
-
-    It states the dtype: where the source's does not, transformers would take that of some scale.
-    """
-    config: dict[str, Any] = json.loads((plan.model.path / "config.json").read_text(encoding="utf-8"))
-    if not (config.get("dtype") or config.get("torch_dtype")):
-        config["dtype"] = plan.model.dtype
-    if plan.model.untied:
-        config["tie_word_embeddings"] = False
-    config["quantization_config"] = {"quant_method": "kvpack", "format_version": FORMAT_VERSION}
-    return config

@@ -12,8 +12,9 @@ from fractions import Fraction
 
 from kvpack.core.errors import RecipeError
 from kvpack.core.types import TensorSpec
+from kvpack.recipe.kv_plan import KVLayerPlan
 from kvpack.recipe.patterns import outside
-from kvpack.recipe.plan import KVLayerPlan, Plan
+from kvpack.recipe.plan import Plan
 from kvpack.recipe.recipe import LoadedRecipe
 from kvpack.recipe.reference_shape import PROMPT_TOKENS, reference_model
 from kvpack.recipe.resolve import resolve

@@ -1,7 +1,8 @@
-"""The manifest of an export: what the plan said, with the hashes of what was written."""
+"""What an export says of itself: the manifest, from the plan and what was written, and config.json."""
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -9,6 +10,7 @@ from typing import Any
 
 from kvpack import __version__
 from kvpack.artifact.manifest import (
+    FORMAT_VERSION,
     BaseModel,
     FileRecord,
     Manifest,
@@ -27,6 +29,20 @@ def library_versions() -> dict[str, str]:
     """Versions that the bytes of an artifact may depend on."""
     libraries = ("safetensors", "torch", "transformers", "zstandard")
     return {**{name: metadata.version(name) for name in libraries}, "python": platform.python_version()}
+
+
+def config_of(plan: Plan) -> dict[str, Any]:
+    """The source's config.json, marked so that transformers asks kvpack to load it.
+
+    It states the dtype: where the source's does not, transformers would take that of some scale.
+    """
+    config: dict[str, Any] = json.loads((plan.model.path / "config.json").read_text(encoding="utf-8"))
+    if not (config.get("dtype") or config.get("torch_dtype")):
+        config["dtype"] = plan.model.dtype
+    if plan.model.untied:
+        config["tie_word_embeddings"] = False
+    config["quantization_config"] = {"quant_method": "kvpack", "format_version": FORMAT_VERSION}
+    return config
 
 
 def manifest_of(

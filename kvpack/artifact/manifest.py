@@ -18,7 +18,8 @@ from kvpack.core.strict_json import parse_json
 from kvpack.core.types import ITEM_BYTES, TensorSpec
 from kvpack.recipe.basis import BasisPlan
 from kvpack.recipe.build import build, hints, to_mapping
-from kvpack.recipe.plan import DroppedTensor, KVLayerPlan
+from kvpack.recipe.kv_plan import KVLayerPlan
+from kvpack.recipe.plan import DroppedTensor
 from kvpack.recipe.sparsity import SparsityPlan
 from kvpack.recipe.yaml_lines import Node, Position
 

@@ -122,7 +122,7 @@ class Artifact:
         return weight_code.solution(packed.codec, tensors, packed.shape)
 
     def kv_state(self) -> dict[str, Tensor]:
-        """Read the state of all KV transforms, by `kvpack.recipe.plan.state_name`."""
+        """Read the state of all KV transforms, by `kvpack.recipe.kv_plan.state_name`."""
         return {n: read_tensor(self.path / file, entry) for n, (file, entry) in self.kv_places.items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,15 +13,58 @@ from kvpack.calibrate.collect import Chain
 from kvpack.core.errors import UnsupportedModel
 from kvpack.core.model_spec import AttentionSpec, ModelSpec
 from kvpack.core.types import Site, State, Stream
+from kvpack.folding import Folding
 from kvpack.models.view import ModelView
 from kvpack.recipe.basis import BasisPlan, site_shape
-from kvpack.recipe.plan import PlanePlan
+from kvpack.recipe.kv_plan import PlanePlan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LARGEST_CHANGE = 1e-3
 """Largest relative difference (Frobenius) of a block's output in float32 before and after folding."""
+
+
+def fit_basis(
+    changes: Sequence[BasisPlan],
+    view: ModelView,
+    attention: AttentionSpec,
+    folding: Folding,
+    measure: Callable[[], None],
+    sample: Callable[[], Tensor],
+) -> None:
+    """Fit the changes of basis inside one block, and fold them into it.
+
+    Changes of different tensors are measured together; a second one of the same tensor, in the
+    basis of the first.
+
+    Args:
+        changes: of the block, in order.
+        view: the model; the block is loaded.
+        attention: of the block.
+        folding: is told what was fitted, and gives tensors in the new basis.
+        measure: runs every sample through the block.
+        sample: runs a few, and gives what the block makes of them.
+
+    Raises:
+        UnsupportedModel: the block then computes something else than before.
+    """
+    left = list(changes)
+    while left:
+        places = [change.place.name for change in left]
+        count = next((i for i, name in enumerate(places) if name in places[:i]), len(left))
+        fits = BasisFits(left[:count], view, attention)
+        while fits.unfinished:
+            with fits.attached():
+                measure()
+            fits.close()
+        before = sample()
+        folding.basis.update({change.number: fits.states(change) for change in fits.changes})
+        names = sorted({name for change in fits.changes for name in folding.names(change)})
+        view.fill({name: folding.exact(name) for name in names})
+        _check_same(before, sample(), attention.layer, view.spec)
+        view.fill({name: folding.read(name) for name in names})
+        left = left[count:]
 
 
 class BasisFits:
@@ -113,7 +156,7 @@ class BasisFits:
         return self._chains[change.number].states
 
 
-def check_same(before: Tensor, after: Tensor, layer: int, model: ModelSpec) -> None:
+def _check_same(before: Tensor, after: Tensor, layer: int, model: ModelSpec) -> None:
     """Refuse changes of basis that are none in this model.
 
     Raises:

@@ -23,7 +23,8 @@ from kvpack.core.errors import SourceError
 from kvpack.core.progress import SILENT, Progress
 from kvpack.models.view import ModelView, Reader
 from kvpack.models.weights import SourceReader
-from kvpack.recipe.plan import KVLayerPlan, Plan
+from kvpack.recipe.kv_plan import KVLayerPlan
+from kvpack.recipe.plan import Plan
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,9 +6,10 @@ with decoder blocks that only record what they are given; each block can then be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +17,11 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from kvpack.core.errors import UnsupportedModel
+from kvpack.core.roles import Codec, Transform
+from kvpack.core.weight_code import prepare_input
 from kvpack.models.attention_interface import watch
 from kvpack.models.view import ModelView
+from kvpack.recipe.plan import WeightPlan
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -123,6 +127,30 @@ def _watched(view: ModelView, layer: int, queries: OnQueries | None) -> Iterator
 
     with watch(view.attention(layer), show):
         yield
+
+
+@contextmanager
+def prepared(view: ModelView, weights: Mapping[str, WeightPlan], *, coded: bool) -> Iterator[None]:
+    """Give packed layers their input in their own basis and, if `coded`, approximated as in the artifact.
+
+    Args:
+        view: the model.
+        weights: of the layers, by path.
+        coded: whether what approximates a layer's input takes part.
+    """
+    with ExitStack() as stack:
+        for name, weight in weights.items():
+            inputs = weight.inputs if coded else None
+            if weight.online or inputs is not None:
+                prepare = partial(_prepare, weight.online, inputs)
+                stack.callback(view.module(name).register_forward_pre_hook(prepare).remove)
+        yield
+
+
+def _prepare(
+    transforms: tuple[Transform, ...], inputs: Codec | None, module: nn.Module, args: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    return (prepare_input(args[0], transforms, inputs), *args[1:])
 
 
 def finish(view: ModelView, hidden: Tensor, tokens: Tensor) -> Tensor:

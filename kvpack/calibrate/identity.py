@@ -10,7 +10,8 @@ from typing import Any
 
 from kvpack.core.roles import Codec
 from kvpack.recipe.build import to_mapping
-from kvpack.recipe.plan import Plan, PlanePlan
+from kvpack.recipe.kv_plan import PlanePlan
+from kvpack.recipe.plan import Plan
 
 Identity = dict[str, Any]
 

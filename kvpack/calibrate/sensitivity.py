@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -280,8 +280,8 @@ def stand_in(codec: Codec) -> Codec:
         changed = with_bits(inner, bits)
         if changed is not None:
             return stand_in(changed)
-    affine = find("codecs", "affine")(group=Group("channel", 128), zero="integer")  # type: ignore[call-arg]
-    changed = with_bits(affine, bits) if isinstance(affine, Codec) else None
+    affine: Any = find("codecs", "affine")  # of all parts' settings, only its own are given
+    changed = with_bits(affine(group=Group("channel", 128), zero="integer"), bits)
     if changed is None:
         raise RecipeError(
             f"codec {kind_of(codec)!r} with {bits} bits cannot be rounded to without learning",

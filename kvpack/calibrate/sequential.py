@@ -7,8 +7,7 @@ block sees inputs that already carry the errors of the packed blocks before it, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,27 +15,25 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvpack.calibrate import experts
-from kvpack.calibrate.basis import BasisFits, check_same
+from kvpack.calibrate.basis import fit_basis
+from kvpack.calibrate.chains import make_chains
 from kvpack.calibrate.collect import Chain, InputStats
 from kvpack.calibrate.data import Samples
 from kvpack.calibrate.gradients import Gradients, gradients_for
-from kvpack.calibrate.hooks import Recording, finish, record, run_block
+from kvpack.calibrate.hooks import Recording, finish, prepared, record, run_block
 from kvpack.calibrate.identity import identity
-from kvpack.calibrate.solve import solve
+from kvpack.calibrate.solve import solve, stats_for
 from kvpack.calibrate.sparsity import SparseBlock
-from kvpack.calibrate.store import Calibration, CalibrationWriter
+from kvpack.calibrate.store import Calibration
+from kvpack.calibrate.writer import CalibrationWriter
 from kvpack.core.errors import KvpackError, SourceError, UsageError
 from kvpack.core.progress import SILENT, Progress
-from kvpack.core.roles import Codec, Transform
-from kvpack.core.types import Rope, Site, State, Stream
-from kvpack.core.weight_code import prepare_input
 from kvpack.folding import Folding, fitted_without_data, learned
 from kvpack.models.attention_interface import observe
 from kvpack.models.fold import fold_names
-from kvpack.models.rope import rope_of
 from kvpack.models.view import ModelView
-from kvpack.recipe.basis import BasisPlan
-from kvpack.recipe.plan import KVLayerPlan, Plan, WeightPlan
+from kvpack.recipe.kv_plan import KVLayerPlan
+from kvpack.recipe.plan import Plan, WeightPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,11 +118,10 @@ class Sweep:
         self._by_layer: dict[int | None, dict[str, WeightPlan]] = {}
         for name, weight in plan.weights.items():
             self._by_layer.setdefault(weight.linear.layer, {})[name] = weight
-        self._sources: dict[str, Tensor] = {}
 
     def all_blocks(self) -> None:
         """Calibrate every block, then what stands behind them."""
-        outside = self._weights(None)
+        outside = self._packed(None)
         wanted = any(w.solver.requires() for w in outside.values())
         layers = [x for x in range(len(self.view.blocks)) if wanted or self._needed(x)]
         last = max(layers, default=-1)
@@ -142,9 +138,9 @@ class Sweep:
             return True
         if self.plan.sparsity is not None and self.plan.sparsity.of_layer(layer):
             return True
-        return layer in self.kv or any(w.solver.requires() for w in self._weights(layer).values())
+        return layer in self.kv or any(w.solver.requires() for w in self._packed(layer).values())
 
-    def _weights(self, layer: int | None) -> Mapping[str, WeightPlan]:
+    def _packed(self, layer: int | None) -> Mapping[str, WeightPlan]:
         """The packed layers of a block, or (None) of what stands outside."""
         return self._by_layer.get(layer, {})
 
@@ -174,9 +170,9 @@ class Sweep:
             yield slice(start, min(start + self.batch, len(self.tokens)))
 
     def _block(self, layer: int, onward: bool) -> None:
-        chains = self._chains(self.kv.get(layer))
+        weights, kv = self._packed(layer), self.kv.get(layer)
+        chains = self._chains(kv)
         self.view.load_block(layer, self.folding, torch.float32)
-        weights, kv = self._weights(layer), self.kv.get(layer)
         count = partial(self._pass, layer, {}, InputStats({}), keep=False)
         self.writer.add_experts(experts.find_cold(self.plan, layer, self.view, count))
         self._fit_basis(layer)
@@ -205,36 +201,7 @@ class Sweep:
         self.writer.flush(f"block-{layer:05d}.safetensors")
 
     def _chains(self, kv: KVLayerPlan | None) -> dict[str, Chain]:
-        if kv is None:
-            return {}
-        layer = kv.attention.layer
-        positions = torch.arange(self.tokens.shape[1])[None]
-        rope: Rope | None = None
-        if any(t.needs_rope for chain in kv.chains.values() for t in chain.transforms):
-            rope = rope_of(self.view.model, self.view.attention(layer))
-        at = Site(layer, rope, positions, kv.attention.kv_heads)
-        return {n: Chain(c, at, partial(self._given, kv, n)) for n, c in kv.chains.items()}
-
-    def _given(self, kv: KVLayerPlan, chain: str, stream: Stream) -> State:
-        """Statistics of a chain that need no data."""
-        return self._projection(kv, chain) if stream == "projection" else self._partners(kv, chain)
-
-    def _partners(self, kv: KVLayerPlan, chain: str) -> State:
-        """The channels that RoPE turns together; values and models without RoPE have none."""
-        channels = kv.attention.head_dim
-        if chain == "value" or self.plan.model.rope_type == "none":
-            return {"partner": torch.arange(channels)}
-        rope = rope_of(self.view.model, self.view.attention(kv.attention.layer), fixed=False)
-        return {"partner": rope.partners(channels)}
-
-    def _projection(self, kv: KVLayerPlan, chain: str) -> State:
-        """The rows of the projection that a chain's input comes from, as the checkpoint has them."""
-        projection = kv.attention.value if chain == "value" else kv.attention.key
-        rows = torch.cat([torch.arange(start, stop) for start, stop in projection.heads])
-        names = {name: f"{projection.linear}.{name}" for name in ("weight", "bias")}
-        known = self.plan.model.tensors
-        found = {n: self.folding.read(full)[rows].float() for n, full in names.items() if full in known}
-        return found | {"heads": torch.tensor(len(projection.heads))}
+        return {} if kv is None else make_chains(kv, self.view, self.folding, self.tokens.shape[1])
 
     def _pass(self, layer: int, chains: Mapping[str, Chain], inputs: InputStats, *, keep: bool) -> None:
         """Run every sample through a block; with `keep` its outputs replace the hidden states."""
@@ -256,35 +223,12 @@ class Sweep:
         watched = queries if any(chain.wants("query") for chain in chains.values()) else None
         for part in self._batches():
             hidden = self.hidden[part].float()
-            with self._prepared(layer, quantised=keep), inputs.attached(modules):
+            with prepared(self.view, self._packed(layer), coded=keep), inputs.attached(modules):
                 result = run_block(self.view, layer, hidden, self.recordings[len(hidden)], seen, watched)
             if keep:
                 self._keep(part, result, layer)
         for chain in chains.values():
             chain.close()
-
-    @contextmanager
-    def _prepared(self, layer: int, *, quantised: bool) -> Iterator[None]:
-        """Give layers their input as the artifact does: in their basis, and once packed approximated."""
-        handles = []
-        for name, weight in self._weights(layer).items():
-            transforms, inputs = weight.online, weight.inputs if quantised else None
-
-            def prepare(
-                module: torch.nn.Module,
-                args: tuple[Tensor, ...],
-                transforms: tuple[Transform, ...] = transforms,
-                inputs: Codec | None = inputs,
-            ) -> tuple[Tensor, ...]:
-                return (prepare_input(args[0], transforms, inputs), *args[1:])
-
-            if transforms or inputs is not None:
-                handles.append(self.view.module(name).register_forward_pre_hook(prepare))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _keep(self, part: slice, result: Tensor, layer: int) -> None:
         if not bool(torch.isfinite(result).all()):
@@ -296,36 +240,19 @@ class Sweep:
         self.hidden[part] = result.to(self.hidden.dtype)
 
     def _fit_basis(self, layer: int) -> None:
-        """Fit what changes the basis of this block's tensors, and fold it into the block.
-
-        Changes of different tensors are measured together; a second one of the same tensor, in the
-        basis of the first.
-        """
-        left = [c for c in self.plan.basis if c.layer == layer and c.number not in self.folding.basis]
-        while left:
-            places = [change.place.name for change in left]
-            count = next((i for i, name in enumerate(places) if name in places[:i]), len(left))
-            self._fit_changes(layer, left[:count])
-            left = left[count:]
-
-    def _fit_changes(self, layer: int, changes: Sequence[BasisPlan]) -> None:
-        fits = BasisFits(changes, self.view, self.plan.model.attention[layer])
-        while fits.unfinished:
-            with fits.attached():
-                self._pass(layer, {}, InputStats({}), keep=False)
-            fits.close()
-        hidden = self.hidden[next(self._batches())].float()
-        recording = self.recordings[len(hidden)]
-        with self._prepared(layer, quantised=False):
-            before = run_block(self.view, layer, hidden, recording)
+        """Fit what changes the basis of this block's tensors, and fold it into the block."""
+        changes = [c for c in self.plan.basis if c.layer == layer and c.number not in self.folding.basis]
+        measure = partial(self._pass, layer, {}, InputStats({}), keep=False)
+        attention, sample = self.plan.model.attention[layer], partial(self._sample, layer)
+        fit_basis(changes, self.view, attention, self.folding, measure, sample)
         for change in changes:
-            self.folding.basis[change.number] = fits.states(change)
-            self.writer.add_basis(change, fits.states(change))
-        names = sorted({name for change in changes for name in self.folding.names(change)})
-        self.view.fill({name: self.folding.exact(name) for name in names})
-        with self._prepared(layer, quantised=False):
-            check_same(before, run_block(self.view, layer, hidden, recording), layer, self.plan.model)
-        self.view.fill({name: self.folding.read(name) for name in names})
+            self.writer.add_basis(change, self.folding.basis[change.number])
+
+    def _sample(self, layer: int) -> Tensor:
+        """What a block, as it is now, makes of the first samples."""
+        hidden = self.hidden[next(self._batches())].float()
+        with prepared(self.view, self._packed(layer), coded=False):
+            return run_block(self.view, layer, hidden, self.recordings[len(hidden)])
 
     def _fold(self, kv: KVLayerPlan, chains: Mapping[str, Chain]) -> None:
         """Fold what the plan folds of the cache's transforms, as the export does."""
@@ -339,25 +266,15 @@ class Sweep:
 
     def _solve(self, weights: Mapping[str, WeightPlan], inputs: InputStats) -> None:
         """Replace every packed weight by its approximation; keep the codes that needed data."""
-        self._sources = {n: self.view.module(n).get_parameter("weight").float() for n in weights}
+        sources = {n: self.view.module(n).get_parameter("weight").float() for n in weights}
         for name, weight in weights.items():
-            stats = self._stats_of(name, inputs, weights)
+            stats = stats_for(name, inputs, weights, sources)
             if inputs.wanted.get(name) and not stats:
                 raise KvpackError(f"{name} was never used by its block", hint="keep it out of the recipe")
-            solved = solve(weight, self._sources[name], stats, self.view.dtype)
+            solved = solve(weight, sources[name], stats, self.view.dtype)
             if weight.solver.requires():
                 self.writer.add_payload(name, solved)
             self.view.fill({f"{name}.weight": solved.approximation})
-        self._sources = {}
-
-    def _stats_of(self, name: str, inputs: InputStats, weights: Mapping[str, WeightPlan]) -> dict[str, State]:
-        """Statistics of a layer's input, and the weights of all layers that are given the same."""
-        stats = inputs.of(name)
-        if stats and any(stat.of == "consumers" for stat in weights[name].solver.requires()):
-            together = [other for other in weights if inputs.leader(other) == inputs.leader(name)]
-            rows = [self._sources[other] for other in together]
-            stats["consumers.weight"] = {"weight": torch.cat(rows)}
-        return stats
 
     def _applied(self, weight: WeightPlan) -> str:
         """The layer whose input is multiplied by a weight: not always the one that holds it."""

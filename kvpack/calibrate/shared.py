@@ -22,13 +22,14 @@ from kvpack.calibrate.data import Samples
 from kvpack.calibrate.gradients import Gradients, gradients_for
 from kvpack.calibrate.identity import identity, needs_calibration
 from kvpack.calibrate.sequential import Sweep, calibrate, check
-from kvpack.calibrate.store import CalibrationWriter
+from kvpack.calibrate.writer import CalibrationWriter
 from kvpack.core.errors import KvpackError
 from kvpack.core.progress import SILENT, Progress
 from kvpack.core.types import Stream
 from kvpack.models.attention_interface import observe
 from kvpack.models.view import ModelView
-from kvpack.recipe.plan import CHAINS, KVLayerPlan, Plan
+from kvpack.recipe.kv_plan import CHAINS, KVLayerPlan
+from kvpack.recipe.plan import Plan
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,13 +1,15 @@
-"""Choosing the codes of one weight, and measuring what they cost."""
+"""Choosing the codes of one weight from what was measured for it, and measuring what they cost."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from kvpack.core.types import Solution, Stats
+from kvpack.calibrate.collect import InputStats
+from kvpack.core.types import Solution, State, Stats
 from kvpack.recipe.plan import WeightPlan
 
 if TYPE_CHECKING:
@@ -25,6 +27,24 @@ class Solved:
     solution: Solution
     approximation: Tensor
     output_error: float | None
+
+
+def stats_for(
+    name: str, inputs: InputStats, weights: Mapping[str, WeightPlan], sources: Mapping[str, Tensor]
+) -> dict[str, State]:
+    """Statistics for the solver of a layer: of its input, and the weights of all that are given the same.
+
+    Args:
+        name: of the layer, one of `weights`.
+        inputs: what was measured.
+        weights: the packed layers of its block.
+        sources: their weights [R, C].
+    """
+    stats = inputs.of(name)
+    if stats and any(stat.of == "consumers" for stat in weights[name].solver.requires()):
+        together = [other for other in weights if inputs.leader(other) == inputs.leader(name)]
+        stats["consumers.weight"] = {"weight": torch.cat([sources[other] for other in together])}
+    return stats
 
 
 def solve(weight: WeightPlan, matrix: Tensor, stats: Stats, dtype: torch.dtype) -> Solved:

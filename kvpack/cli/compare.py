@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -37,6 +37,9 @@ from kvpack.cli.run import Result, Session
 from kvpack.core.access import Access
 from kvpack.core.errors import Interrupted, KvpackError
 from kvpack.evaluate.frontier import Comparison, Entry
+
+if TYPE_CHECKING:
+    from kvpack.compare import Job
 
 Recipes = Annotated[
     list[str],
@@ -110,7 +113,6 @@ def compare(
 ) -> Result:
     """Measure many recipes on the same text or task: calibrates once, marks the frontier, draws it."""
     from kvpack.compare import Job
-    from kvpack.compare import compare as run
     from kvpack.evaluate.artifact import EvaluationSettings
 
     check_report(report, force)
@@ -118,14 +120,20 @@ def compare(
     size = RecallSettings(recall_tokens, recall_facts, recall_questions, sequences, recall_seed)
     recall = size if is_recall(task, data) else None
     bits, targets = compared_bits(axis, target_bpw, packed_bpw, recall is not None)
-    job = Job(model, _split(recipes), overrides or (), budget_bits, settings, recall)
     sinks = draws_page(report) and bits == "kv"
-    made = run(
-        replace(job, sinks=sinks, axis=bits, targets=targets, cache=cache),
-        access=Access(allow_download, trust_remote_code),
-        found=lambda entry: session.progress.say(_finished(entry)),
-        progress=session.progress,
-    )
+    job = Job(model, _split(recipes), overrides or (), budget_bits, settings, recall, sinks)
+    job = replace(job, axis=bits, targets=targets, cache=cache)
+    return _compared(session, job, report, Access(allow_download, trust_remote_code))
+
+
+def _compared(session: Session, job: Job, report: Path | None, access: Access) -> Result:
+    """Do the job, saying what is found as it is found."""
+    from kvpack.compare import compare as run
+
+    def found(entry: Entry) -> None:
+        session.progress.say(_finished(entry))
+
+    made = run(job, access=access, found=found, progress=session.progress)
     written = write_report(report, made)
     return Result(comparison_data(made), (*comparison_lines(made), *written), _failure(made))
 

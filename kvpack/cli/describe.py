@@ -7,7 +7,7 @@ from kvpack.core.roles import Part, Plane
 from kvpack.core.types import Group
 from kvpack.recipe.build import settings
 from kvpack.recipe.inputs_plan import InputsPlan
-from kvpack.recipe.plan import KVLayerPlan, PlanePlan
+from kvpack.recipe.kv_plan import KVLayerPlan, PlanePlan
 
 
 def describe(part: Part) -> str:

@@ -15,7 +15,8 @@ from kvpack.cli.run import Result, Session
 from kvpack.cli.sparsity import sparsity_data, sparsity_lines
 from kvpack.core.access import Access
 from kvpack.recipe.build import to_mapping
-from kvpack.recipe.plan import KVLayerPlan, Plan, WeightPlan
+from kvpack.recipe.kv_plan import KVLayerPlan
+from kvpack.recipe.plan import Plan, WeightPlan
 from kvpack.report import KVBytes, human_bytes, kv_bytes, kv_bytes_per_token, most_read, weight_bytes
 
 CONTEXT_TOKENS = 32_768

@@ -92,7 +92,8 @@ class Payload:
         count = self.shape[-2] // size
         tensors = {}
         for name, tensor in self.tensors.items():
-            apart = tensor.unflatten(-2, (count, tensor.shape[-2] // count))
+            rows = tensor.shape[-2] // count
+            apart = tensor.reshape(*tensor.shape[:-2], count, rows, tensor.shape[-1])
             tensors[name] = apart.index_select(-3, places).flatten(-3, -2)
         return Payload(tensors, (*self.shape[:-2], len(places) * size, self.shape[-1]))
 

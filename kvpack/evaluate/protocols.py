@@ -11,7 +11,7 @@ from kvpack.core.progress import SILENT, Progress, counter
 from kvpack.evaluate.retrieval import RetrievalScores, RetrievalTally
 from kvpack.evaluate.scores import Scores, Tally
 from kvpack.evaluate.stored_errors import LayerError, StoredErrors
-from kvpack.recipe.plan import PLANES, KVLayerPlan
+from kvpack.recipe.kv_plan import PLANES, KVLayerPlan
 
 if TYPE_CHECKING:
     from torch import Tensor

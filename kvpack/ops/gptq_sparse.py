@@ -91,15 +91,19 @@ def sweep(
                 choose(i, i + of)
             passed = work[i]
             if rounding is not None:
-                column = passed.unsqueeze(1)
-                chosen = rounding.snap(column, grids[-1])
-                codes[i], passed = chosen[:, 0], rounding.value(chosen, grids[-1])[:, 0]
+                codes[i], passed = _rounded(passed, grids[-1], rounding)
             final[i] = torch.where(mask[i], passed, 0.0)
             errors[i - start] = (work[i] - final[i]) / upper[i, i]
             work[i + 1 : stop] -= torch.outer(upper[i, i + 1 : stop], errors[i - start])
         work[stop:] -= upper[start:stop, stop:].T @ errors
     grid = {name: torch.cat([one[name] for one in grids], -1) for name in (grids[0] if grids else {})}
     return Swept(mask.T.contiguous(), _kept(final, mask), _kept(codes, mask), grid)
+
+
+def _rounded(column: Tensor, grid: Grid, rounding: Rounding) -> tuple[Tensor, Tensor]:
+    """Codes and values [R] of a column on the grids of its rows."""
+    codes = rounding.snap(column.unsqueeze(1), grid)
+    return codes[:, 0], rounding.value(codes, grid)[:, 0]
 
 
 def _kept(columns: Tensor, mask: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from kvpack.core.model_spec import AttentionSpec, LinearSpec, ModelSpec
 from kvpack.core.registry import kind_of
 from kvpack.core.roles import Codec, Plane, Solver, Transform
 from kvpack.core.types import TensorSpec
-from kvpack.recipe.plan import PLANES, KVLayerPlan, WeightPlan
+from kvpack.recipe.kv_plan import PLANES, KVLayerPlan
+from kvpack.recipe.plan import WeightPlan
 from kvpack.recipe.recipe import KVCacheRecipe
 
 UNSTABLE_ROPE = frozenset({"dynamic", "longrope"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvpack.core.errors import RecipeError
 from kvpack.core.registry import kind_of
 from kvpack.core.roles import Codec
-from kvpack.recipe.plan import PLANES, KVLayerPlan
+from kvpack.recipe.kv_plan import PLANES, KVLayerPlan
 
 
 def check_ranking(layer: KVLayerPlan, dtype: str) -> None:

@@ -14,7 +14,7 @@ from kvpack.core.errors import UsageError
 from kvpack.core.types import Rope, State
 from kvpack.models.rematerialise import Rematerialiser
 from kvpack.recipe.inputs_plan import InputsPlan, basis_name
-from kvpack.recipe.plan import KVLayerPlan, state_name
+from kvpack.recipe.kv_plan import KVLayerPlan, state_name
 from kvpack.runtime.chain import ChainedLayer, Reconstruction
 from kvpack.runtime.inputs import InputsLayer
 from kvpack.runtime.layer import KVPackLayer
@@ -29,7 +29,7 @@ class KVScheme:
     """Everything a cache of one model is made from; shared by its caches.
 
     `plans` holds one plan per layer, `states` the tensors of online transforms and codecs under the names
-    of `kvpack.recipe.plan.state_name` and bases under those of `basis_name`, `ropes` the rotary embedding
+    of `kvpack.recipe.kv_plan.state_name` and bases under those of `basis_name`, `ropes` the rotary embedding
     of each layer that needs it, `remakes` what makes keys and values where a layer stores its input.
 
     Raises:

@@ -12,7 +12,7 @@ from kvpack.core.errors import KvpackError
 from kvpack.core.roles import Plane
 from kvpack.core.types import State
 from kvpack.models.rematerialise import Rematerialiser
-from kvpack.recipe.plan import KVLayerPlan
+from kvpack.recipe.kv_plan import KVLayerPlan
 from kvpack.runtime.inputs import InputsLayer
 from kvpack.runtime.tokens import TokenTrack
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from kvpack.core.roles import Plane
-from kvpack.recipe.plan import KVLayerPlan
+from kvpack.recipe.kv_plan import KVLayerPlan
 from kvpack.runtime.overlay import Overlay
 from kvpack.runtime.plane import PlaneCache
 

@@ -11,7 +11,7 @@ from kvpack.core.errors import UnsupportedModel, UsageError
 from kvpack.core.roles import Plane
 from kvpack.core.types import State
 from kvpack.models.rematerialise import Rematerialiser
-from kvpack.recipe.plan import KVLayerPlan
+from kvpack.recipe.kv_plan import KVLayerPlan
 from kvpack.runtime.layer import KVPackLayer
 from kvpack.runtime.plane import PlaneCache
 from kvpack.runtime.tokens import TokenTrack

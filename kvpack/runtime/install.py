@@ -19,7 +19,7 @@ from kvpack.core.types import Rope
 from kvpack.models.attention_interface import observe, set_observer
 from kvpack.models.rematerialise import Rematerialiser
 from kvpack.models.rope import rope_of
-from kvpack.recipe.plan import KVLayerPlan
+from kvpack.recipe.kv_plan import KVLayerPlan
 from kvpack.runtime.cache import KVPackCache, KVScheme, make_scheme
 from kvpack.runtime.layer import KVPackLayer
 
@@ -77,7 +77,7 @@ def install(
     Args:
         model: a transformers causal model; changed in place.
         plans: one plan per attention layer.
-        states: state of the online transforms, by `kvpack.recipe.plan.state_name`.
+        states: state of the online transforms, by `kvpack.recipe.kv_plan.state_name`.
         ropes: rotary embedding by layer; taken from the model where a transform needs it.
 
     Raises:

@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kvpack.core.errors import UsageError
 from kvpack.core.roles import Plane
 from kvpack.core.types import CacheView, Rope, Site, State
-from kvpack.recipe.plan import KVLayerPlan
+from kvpack.recipe.kv_plan import KVLayerPlan
 from kvpack.runtime.holdings import Holdings
 from kvpack.runtime.overlay import Overlay
 from kvpack.runtime.plane import PlaneCache

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvpack.core.roles import Transform
 from kvpack.core.types import Shape, Site, State
-from kvpack.recipe.plan import PlanePlan, drop_oldest
+from kvpack.recipe.kv_plan import PlanePlan, drop_oldest
 from kvpack.runtime.overlay import Overlay
 from kvpack.runtime.tier import Tier
 from kvpack.runtime.tokens import TokenTrack

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvpack.core.types import Rope, Site, State
 from kvpack.models.attention_interface import visible
-from kvpack.recipe.plan import KVLayerPlan, RetrievalPlan
+from kvpack.recipe.kv_plan import KVLayerPlan, RetrievalPlan
 from kvpack.runtime.index import Index
 from kvpack.runtime.layer import KVPackLayer
 from kvpack.runtime.tokens import TokenTrack

@@ -12,7 +12,7 @@ from kvpack.calibrate.shared import calibrate_shared, sharing
 from kvpack.calibrate.store import Calibration
 from kvpack.core.errors import KvpackError, RecipeError
 from kvpack.parts.transforms.channel_reorder import ChannelReorder
-from kvpack.recipe.plan import PLANES
+from kvpack.recipe.kv_plan import PLANES
 from tests.calibrate.conftest import Job, job_for
 
 UNFOLDED = "kv_cache.value.fold=false"

@@ -14,7 +14,8 @@ from kvpack import pipeline
 from kvpack.artifact.manifest import Manifest
 from kvpack.artifact.part_checks import check_parts
 from kvpack.core.errors import ArtifactError, RecipeError
-from kvpack.recipe.plan import KVLayerPlan, Plan
+from kvpack.recipe.kv_plan import KVLayerPlan
+from kvpack.recipe.plan import Plan
 from kvpack.report import kv_bytes_per_token
 from kvpack.runtime.install import new_cache
 from tests.recipes.checks import check_everything

@@ -16,7 +16,7 @@ from kvpack.parts.codecs.affine import Affine
 from kvpack.parts.codecs.identity import Identity
 from kvpack.parts.policies.sink_recent import SinkRecent
 from kvpack.recipe.inputs_plan import InputsPlan, basis_name
-from kvpack.recipe.plan import KVLayerPlan, PlanePlan
+from kvpack.recipe.kv_plan import KVLayerPlan, PlanePlan
 from kvpack.runtime.install import install
 from tests.runtime.schemes import attention_of, fake_quantise
 

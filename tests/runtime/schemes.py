@@ -21,7 +21,7 @@ from kvpack.parts.policies.sink_recent import SinkRecent
 from kvpack.parts.transforms.channel_reorder import ChannelReorder
 from kvpack.parts.transforms.hadamard import Hadamard
 from kvpack.parts.transforms.unrope import Unrope
-from kvpack.recipe.plan import KVLayerPlan, PlanePlan, state_name
+from kvpack.recipe.kv_plan import KVLayerPlan, PlanePlan, state_name
 from kvpack.runtime.install import install
 
 WINDOW = 16

@@ -53,7 +53,8 @@ class ColumnClasses(ClassedCodec):
 
     def __post_init__(self) -> None:
         fitting = isinstance(self.codec, GridCodec) and self.codec.token_block == 1
-        if not fitting or "bits" not in {f.name for f in fields(self.codec)}:  # type: ignore[arg-type]
+        settings = fields(self.codec) if fitting else ()  # type: ignore[arg-type]  # parts are dataclasses
+        if "bits" not in {setting.name for setting in settings}:
             raise RecipeError(
                 f"codec {type(self.codec).__name__} as configured cannot code classes of channels",
                 why="each class has its own bits and its own groups of channels",
@@ -150,7 +151,7 @@ class ColumnClasses(ClassedCodec):
     def _divided(self, *sizes: tuple[int, int]) -> tuple[tuple[int, GridCodec], ...]:
         """`codec` with the bits of each class that has channels."""
         return tuple(
-            (count, cast(GridCodec, replace(self.codec, bits=bits)))  # type: ignore[type-var]
+            (count, cast(GridCodec, replace(self.codec, bits=bits)))  # type: ignore[type-var]  # parts are dataclasses
             for count, bits in sizes
             if count
         )

@@ -67,28 +67,36 @@ class _Rows(GridCodec):
     scale: Tensor
 
     def spec(self, shape: Shape, dtype: str = "float16") -> dict[str, TensorSpec]:
+        """As of the whole codec."""
         return self.whole.spec(shape, dtype)
 
     def group_size(self, channels: int) -> int:
+        """Channels that share the integers "step" and "low"."""
         return min(self.whole.size, channels)
 
     def grid(self, x: Tensor, valid: Tensor | None = None) -> State:
+        """Fit "step" and "low" [..., T, ceil(D/size)] to `x` [..., T, D]."""
         y = ops.two_level.bytes_of(x, self.scale, self.whole.bits)
         return ops.two_level.fit(y, self.whole.bits, self.whole.size)
 
     def snap(self, x: Tensor, grid: State) -> Tensor:
+        """Nearest codes of `x` [..., T, D] itself, not of its rounded bytes."""
         y = ops.two_level.bytes_of(x, self.scale, self.whole.bits)
         return ops.two_level.snap(y, grid, self.whole.bits, self.whole.size)
 
     def value(self, codes: Tensor, grid: State) -> Tensor:
+        """The numbers [..., T, D] that `codes` stand for, float32."""
         return ops.two_level.value(codes, grid, self.whole.size) * self.scale.float()
 
     def assemble(self, codes: Tensor, grid: State) -> Payload:
+        """A payload of the whole codec: with the steps of the rows."""
         packed = ops.bits.pack(codes, self.whole.bits)
         return Payload({"codes": packed, **grid, "scale": self.scale}, tuple(codes.shape))
 
     def encode(self, x: Tensor, state: State, valid: Tensor | None = None) -> Payload:
+        """Encode `x` with steps of its own rows."""
         return self.whole.encode(x, state, valid)
 
     def decode(self, payload: Payload, state: State, dtype: torch.dtype) -> Tensor:
+        """Decode with the steps that the payload holds."""
         return self.whole.decode(payload, state, dtype)

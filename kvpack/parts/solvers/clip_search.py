@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from kvpack import ops
-from kvpack.core.errors import KvpackError, RecipeError
+from kvpack.core.errors import RecipeError
+from kvpack.core.measured import measured
 from kvpack.core.roles import Codec, Solver
 from kvpack.core.types import Solution, Stat, Stats
 
@@ -47,12 +48,8 @@ class ClipSearch(Solver):
                 f"clip_search cannot fit grids of {type(codec).__name__} as configured",
                 hint="use a codec with groups along channels, such as affine, or solver: {kind: rtn}",
             )
-        gram = stats["gram"]["gram"] if "gram" in stats else None
-        if gram is None or len(gram) != weight.shape[1] or not bool(gram.isfinite().all()):
-            raise KvpackError(
-                f"clip_search needs the finite Gram matrix of {weight.shape[1]} input channels",
-                hint="calibrate with this model and recipe, on text that the model can read",
-            )
+        channels = weight.shape[1]
+        gram = measured(stats, "gram", "gram", (channels, channels), "clip_search")
         tried = ops.clip_search.pairs(self.steps, self.least, independent=self.ends == "alone")
         metric = gram if self.metric == "gram" else gram.diagonal()
         matrix = weight.float()

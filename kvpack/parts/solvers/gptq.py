@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvpack import ops
-from kvpack.core.errors import KvpackError, RecipeError
+from kvpack.core.errors import RecipeError
+from kvpack.core.measured import measured
 from kvpack.core.roles import Codec, Solver
 from kvpack.core.types import Solution, Stat, Stats
 
@@ -49,7 +50,8 @@ class Gptq(Solver):
                 f"gptq cannot choose codes for {type(codec).__name__} as configured",
                 hint="use a codec with groups along channels, such as affine, or solver: {kind: rtn}",
             )
-        gram = _gram(stats, weight.shape[1])
+        channels = weight.shape[1]
+        gram = measured(stats, "gram", "gram", (channels, channels), "gptq")
         order = gram.diagonal().argsort(descending=True, stable=True) if self.act_order else None
         upper = ops.gptq.inverse_factor(gram if order is None else gram[order][:, order], self.damp)
         if upper is None:
@@ -63,7 +65,7 @@ class Gptq(Solver):
         codes, grid = ops.gptq.solve(
             weight.float(),
             upper,
-            grids.group_size(weight.shape[1]),
+            grids.group_size(channels),
             grids.grid,
             grids.snap,
             grids.value,
@@ -71,19 +73,3 @@ class Gptq(Solver):
             block=self.block,
         )
         return Solution(grids.assemble(codes, grid))
-
-
-def _gram(stats: Stats, channels: int) -> Tensor:
-    gram = stats["gram"]["gram"] if "gram" in stats else None
-    if gram is None or tuple(gram.shape) != (channels, channels):
-        found = "missing" if gram is None else f"of shape {tuple(gram.shape)}"
-        raise KvpackError(
-            f"gptq needs the Gram matrix of {channels} input channels; it is {found}",
-            hint="calibrate with this model and recipe",
-        )
-    if not bool(gram.isfinite().all()):
-        raise KvpackError(
-            "the Gram matrix of gptq holds infinities or NaN",
-            hint="check the model's activations on the calibration text, e.g. run it in bfloat16",
-        )
-    return gram

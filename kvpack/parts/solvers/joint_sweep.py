@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from kvpack import ops
-from kvpack.core.errors import KvpackError, RecipeError
+from kvpack.core.errors import RecipeError
+from kvpack.core.measured import measured
 from kvpack.core.roles import Codec, GridCodec, MaskedCodec, Solver
 from kvpack.core.types import Payload, Solution, Stat, Stats
 
@@ -57,7 +58,8 @@ class JointSweep(Solver):
                 f"joint_sweep has nothing to prune for {type(codec).__name__} as configured",
                 hint="use codec: {kind: nm_sparse, codec: ...} with groups along channels, or solver: gptq",
             )
-        gram = _gram(stats, weight.shape[1])
+        channels = weight.shape[1]
+        gram = measured(stats, "gram", "gram", (channels, channels), "joint_sweep")
         upper = ops.gptq.inverse_factor(gram, self.damp)
         if upper is None:
             warnings.warn(
@@ -86,6 +88,7 @@ class JointSweep(Solver):
         def sweep(
             weight: Tensor, rounding: ops.gptq_sparse.Rounding | None, kept: Tensor | None = None
         ) -> ops.gptq_sparse.Swept:
+            """Prune `weight` and round it, or round where a mask `kept` has pruned it."""
             pattern = (codec.keep, codec.of)
             return ops.gptq_sparse.sweep(
                 weight, upper, metric, *pattern, rounding, kept=kept, block=self.block
@@ -114,16 +117,7 @@ class JointSweep(Solver):
         tried = ops.clip_search.pairs(self.clip_steps, self.clip_least, independent=False)
 
         def fit(columns: Tensor) -> dict[str, Tensor]:
+            """A grid per row for the kept weights [R, G] of a group, with ranges cut where that is best."""
             return ops.clip_search.search(columns, columns.new_ones(columns.shape[1]), grids, tried)
 
         return ops.gptq_sparse.Rounding(size, fit, grids.snap, grids.value)
-
-
-def _gram(stats: Stats, channels: int) -> Tensor:
-    gram = stats["gram"]["gram"] if "gram" in stats else None
-    if gram is None or len(gram) != channels or not bool(gram.isfinite().all()):
-        raise KvpackError(
-            f"joint_sweep needs the finite Gram matrix of {channels} input channels",
-            hint="calibrate with this model and recipe, on text that the model can read",
-        )
-    return gram

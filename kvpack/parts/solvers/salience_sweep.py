@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from kvpack import ops
-from kvpack.core.errors import KvpackError, RecipeError
+from kvpack.core.errors import RecipeError
 from kvpack.core.lazy import torch
+from kvpack.core.measured import measured
 from kvpack.core.roles import ClassedCodec, Codec, GridCodec, Solver
 from kvpack.core.types import Solution, Stat, State, Stats
 
@@ -59,12 +60,12 @@ class SalienceSweep(Solver):
         """
         channels = weight.shape[1]
         classes = _classes(codec, weight)
-        gram, rows = _statistic(stats, "gram", "gram", channels), None
+        gram = measured(stats, "gram", "gram", (channels, channels), "salience_sweep")
         upper = ops.gptq.inverse_factor(gram, self.damp)
         state: State = {}
         order = torch.arange(channels, device=weight.device)
         if isinstance(codec, ClassedCodec):
-            rows = _statistic(stats, "consumers.weight", "weight", channels)
+            rows = measured(stats, "consumers.weight", "weight", (-1, channels), "salience_sweep")
             state = codec.rank(self._salience(rows, gram, upper))
             order = codec.order(state, channels).to(weight.device)
         if state:
@@ -120,19 +121,3 @@ def _classes(codec: Codec, weight: Tensor) -> tuple[tuple[int, GridCodec], ...]:
         f"salience_sweep cannot choose codes for {type(codec).__name__} as configured",
         hint="use codec: {kind: column_classes, ...} or one with groups along channels, such as affine",
     )
-
-
-def _statistic(stats: Stats, name: str, key: str, channels: int) -> Tensor:
-    found = stats[name][key] if name in stats else None
-    if found is None or found.shape[-1] != channels:
-        wrong = "missing" if found is None else f"of shape {tuple(found.shape)}"
-        raise KvpackError(
-            f"salience_sweep needs {name} of {channels} input channels; it is {wrong}",
-            hint="calibrate with this model and recipe",
-        )
-    if not bool(found.isfinite().all()):
-        raise KvpackError(
-            f"{name} of salience_sweep holds infinities or NaN",
-            hint="check the model's activations on the calibration text, e.g. run it in bfloat16",
-        )
-    return found
