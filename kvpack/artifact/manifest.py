@@ -160,9 +160,6 @@ class Manifest:
     resolved_recipe: Mapping[str, Any]
     weights: Mapping[str, PackedLinear]
     copied: Mapping[str, TensorRecord]
-    basis: tuple[BasisPlan, ...]
-    sparsity: SparsityPlan | None
-    thresholds: Mapping[str, TensorRecord]
     dropped: tuple[DroppedTensor, ...]
     kv: tuple[KVLayerPlan, ...]
     kv_state: Mapping[str, TensorRecord]
@@ -173,6 +170,9 @@ class Manifest:
     versions: Mapping[str, str]
     kvpack_version: str
     format_version: int = FORMAT_VERSION
+    basis: tuple[BasisPlan, ...] = ()
+    sparsity: SparsityPlan | None = None
+    thresholds: Mapping[str, TensorRecord] = field(default_factory=dict)
 
     def weight_tensors(self) -> dict[str, TensorRecord]:
         """Every tensor of the weight shards, by name."""
@@ -247,11 +247,15 @@ def _check_digest(digest: Any, data: bytes, where: str) -> None:
 
 def _sections(content: dict[str, Any], where: str) -> dict[str, Any]:
     """Every field of `Manifest` from its section."""
-    known = [f.name for f in dataclasses.fields(Manifest)]
+    fields = dataclasses.fields(Manifest)
+    known = [f.name for f in fields]
+    added = {f.name for f in fields if _has_default(f)}  # younger than version 1: may be missing
     unknown = sorted(content.keys() - set(known))
     errors = [RecipeError(f"{name[:200]}: unknown key", where=where) for name in unknown]
     values: dict[str, Any] = {}
     for name in known:
+        if name not in content and name in added:
+            continue
         if name not in content:
             errors.append(RecipeError(f"{name}: missing", where=where))
         elif name not in _PLAIN_SECTIONS:
@@ -265,6 +269,11 @@ def _sections(content: dict[str, Any], where: str) -> dict[str, Any]:
         found = RecipeErrors(errors[:20])
         raise ArtifactError(found.what, hint=found.hint or "export the artifact again, or upgrade kvpack")
     return values
+
+
+def _has_default(setting: dataclasses.Field[Any]) -> bool:
+    missing = dataclasses.MISSING
+    return setting.default is not missing or setting.default_factory is not missing
 
 
 def _check_sums(manifest: Manifest, where: str) -> None:

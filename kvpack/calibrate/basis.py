@@ -49,7 +49,7 @@ def fit_basis(
     Raises:
         UnsupportedModel: the block then computes something else than before.
     """
-    left = list(changes)
+    left, fitted = list(changes), list[str]()
     while left:
         places = [change.place.name for change in left]
         count = next((i for i, name in enumerate(places) if name in places[:i]), len(left))
@@ -58,12 +58,14 @@ def fit_basis(
             with fits.attached():
                 measure()
             fits.close()
+        # Numbers that were rounded to their dtype after an earlier round would count as a change.
+        view.fill({name: folding.exact(name) for name in fitted})
         before = sample()
         folding.basis.update({change.number: fits.states(change) for change in fits.changes})
-        names = sorted({name for change in fits.changes for name in folding.names(change)})
-        view.fill({name: folding.exact(name) for name in names})
+        fitted = sorted({*fitted, *(name for change in fits.changes for name in folding.names(change))})
+        view.fill({name: folding.exact(name) for name in fitted})
         _check_same(before, sample(), attention.layer, view.spec)
-        view.fill({name: folding.read(name) for name in names})
+        view.fill({name: folding.read(name) for name in fitted})
         left = left[count:]
 
 

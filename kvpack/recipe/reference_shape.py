@@ -7,9 +7,19 @@ layers, 8 KV heads of 128 channels, 32 query heads, hidden size 4096, MLP 14336,
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
-from kvpack.core.model_spec import AttentionSpec, LinearSpec, ModelSpec, Projection, SourceTensor
+from kvpack.core.model_spec import (
+    AttentionSpec,
+    InputSite,
+    LinearSpec,
+    ModelSpec,
+    NormSpec,
+    Projection,
+    SiteRole,
+    SourceTensor,
+)
 
 PROMPT_TOKENS = 4096
 """Length of the prompt after which the cache is counted."""
@@ -48,6 +58,8 @@ def reference_model() -> ModelSpec:
         linears=linears,
         attention=tuple(_attention(layer) for layer in range(_LAYERS)),
         blocks=tuple(_block(layer) for layer in range(_LAYERS)),
+        sites=tuple(site for layer in range(_LAYERS) for site in _sites(layer)),
+        final_norm=NormSpec("model.norm.weight"),
     )
 
 
@@ -62,6 +74,24 @@ def _name(layer: int, role: str) -> str:
 
 def _linear(layer: int, role: str) -> LinearSpec:
     return LinearSpec(_name(layer, role), role, _SHAPES[role], layer, bias=False)
+
+
+def _sites(layer: int) -> Iterator[InputSite]:
+    """What the layers of a block read, as in a Llama."""
+    block = _block(layer)
+    groups: tuple[tuple[SiteRole, tuple[str, ...], str], ...] = (
+        ("attention_input", ("q", "k", "v"), "input_layernorm"),
+        ("attention_output", ("o",), ""),
+        ("mlp_input", ("gate", "up"), "post_attention_layernorm"),
+        ("mlp_middle", ("down",), ""),
+    )
+    gate, up = (Projection(_name(layer, role), ((0, _MLP),)) for role in ("gate", "up"))
+    for role, readers, norm in groups:
+        weights = tuple(f"{_name(layer, reader)}.weight" for reader in readers)
+        before = NormSpec(f"{block}.{norm}.weight") if norm else None
+        makers, scaled = ((gate, up), up) if role == "mlp_middle" else ((), None)
+        channels = _SHAPES[readers[0]][1]
+        yield InputSite(role, f"{block}.{role}", layer, channels, weights, before, makers, scaled)
 
 
 def _attention(layer: int) -> AttentionSpec:

@@ -56,7 +56,7 @@ def manifest_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     manifest = Manifest(
         BaseModel("LlamaForCausalLM", "llama", "bfloat16", plan.model.parameters, {}, {}),
         RecipeRecord("rotatekv-w4", "rotatekv-w4.yaml", "", plan.recipe.sha256, (), "4bit"),
-        plan.recipe.resolved, weights, copied, (), plan.dropped, plan.kv, {},
+        plan.recipe.resolved, weights, copied, plan.dropped, plan.kv, {},
         Totals(total, 0, bits_per_element(total, plan.model.parameters)),
         {"model.safetensors": FileRecord(total, "0" * 64)}, None, 0, {}, "0.1.0",
     )  # fmt: skip

@@ -113,8 +113,11 @@ def check_loaded(made: Made, model: PreTrainedModel) -> None:
         assert same_bits(state[name], artifact.read(name)), name
 
 
-def fake_quantised(made: Made) -> PreTrainedModel:
-    """The source in plain transformers, its weights replaced by what the artifact stands for."""
+def fake_quantised(made: Made, *, inputs: bool = True) -> PreTrainedModel:
+    """The source in plain transformers, its weights replaced by what the artifact stands for.
+
+    With `inputs` its layers get theirs as the packed ones do.
+    """
     artifact: Artifact = made.artifact
     reference = AutoModelForCausalLM.from_pretrained(made.source, dtype="auto")
     state = reference.state_dict()
@@ -125,7 +128,7 @@ def fake_quantised(made: Made) -> PreTrainedModel:
             weight = parameter(state, f"{name}.weight")
             found = artifact.solution(name)
             weight.copy_(linear.codec.decode(found.payload, found.state, weight.dtype))
-            if linear.inputs is not None or linear.online:
+            if inputs and (linear.inputs is not None or linear.online):
                 prepare_inputs(reference.get_submodule(name), linear)
     return reference.eval()
 

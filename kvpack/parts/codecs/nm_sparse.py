@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -65,7 +66,7 @@ class NmSparse(MaskedCodec):
         """Masks, and the payload of `codec`."""
         *outer, channels = shape
         groups = -(-channels // self.of)
-        bits = ops.masks.index_bits(self.keep, self.of)
+        bits = (math.comb(self.of, self.keep) - 1).bit_length()
         return {
             "mask": TensorSpec((*outer, (groups * bits + 7) // 8), "uint8"),
             **self.codec.spec((*outer, groups * self.keep), dtype),
@@ -82,7 +83,7 @@ class NmSparse(MaskedCodec):
 
     def join(self, kept: Tensor, payload: Payload) -> Payload:
         """Masks beside what `codec` made of the kept channels; `payload.shape` is that of the whole."""
-        bits = ops.masks.index_bits(self.keep, self.of)
+        bits = (math.comb(self.of, self.keep) - 1).bit_length()
         mask = ops.bits.pack(ops.masks.numbers(kept, self.keep, self.of), bits)
         return Payload({"mask": mask, **payload.tensors}, payload.shape)
 
@@ -90,7 +91,7 @@ class NmSparse(MaskedCodec):
         """What `codec` decodes to, between zeros."""
         *outer, channels = payload.shape
         groups = -(-channels // self.of)
-        bits = ops.masks.index_bits(self.keep, self.of)
+        bits = (math.comb(self.of, self.keep) - 1).bit_length()
         numbers = ops.bits.unpack(payload.tensors["mask"], bits, groups)
         kept = ops.masks.kept_by(numbers, self.keep, self.of)
         shape = (*outer, groups * self.keep)
