@@ -45,7 +45,8 @@ class Job:
 
     `axis` is what is compared, see `Comparison.axis`; for weights, caches stay uncompressed. With
     `targets` every recipe is made for each of these bits per weight, spent over its layers by its
-    budget (`kvpack.recipe.recipe.BudgetRecipe`); sensitivities are kept in the folder `cache`.
+    budget (`kvpack.recipe.recipe.BudgetRecipe`); sensitivities are kept in the folder `cache`. Those
+    of `beside` are measured as they are.
     """
 
     model: str
@@ -58,6 +59,7 @@ class Job:
     axis: Axis = "kv"
     targets: Sequence[float] = ()
     cache: Path | None = None
+    beside: Sequence[str] = ()
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
@@ -133,6 +135,8 @@ def _targeted(references: Sequence[str], job: Job) -> Iterator[tuple[str, str, t
     if not job.targets:
         yield from ((reference, reference, ()) for reference in references)
         return
+    if job.beside:
+        yield from ((reference, reference, ()) for reference in expand(job.beside))
     counts = "packed" if job.axis == "packed" else "all"
     for reference in references:
         for bits in job.targets:

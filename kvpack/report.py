@@ -183,15 +183,22 @@ class ReferenceBits:
 
 def reference_bits(loaded: LoadedRecipe) -> ReferenceBits:
     """What a recipe takes, before there is a model: counted at `kvpack.recipe.reference_shape`."""
-    model = reference_model()
-    recipe = loaded.recipe
-    rules = tuple(rule for rule in recipe.weights if not outside(rule.match))
     try:
-        plan = resolve(replace(loaded, recipe=replace(recipe, weights=rules)), model)
+        plan = reference_plan(loaded)
     except RecipeError as error:
         return ReferenceBits(refused=error.message)
-    kv = kv_bytes(plan.kv, PROMPT_TOKENS, model.dtype).bits_per_element if plan.kv else None
+    kv = kv_bytes(plan.kv, PROMPT_TOKENS, plan.model.dtype).bits_per_element if plan.kv else None
     return ReferenceBits(kv, weight_bytes(plan).bits_per_weight if plan.weights else None)
+
+
+def reference_plan(loaded: LoadedRecipe) -> Plan:
+    """A recipe at the reference shape, which has no embedding and no head: without rules for those.
+
+    Raises:
+        RecipeError: the shape does not suit the recipe.
+    """
+    rules = tuple(rule for rule in loaded.recipe.weights if not outside(rule.match))
+    return resolve(replace(loaded, recipe=replace(loaded.recipe, weights=rules)), reference_model())
 
 
 def human_bytes(count: float) -> str:

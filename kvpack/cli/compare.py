@@ -85,6 +85,16 @@ PackedBpws = Annotated[
 ]
 
 
+Beside = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--beside",
+        metavar="NAMES",
+        help="With targets: recipes to measure as they are, at their own bits. Repeatable.",
+    ),
+]
+
+
 def compare(
     session: Session,
     model: Model,
@@ -93,6 +103,7 @@ def compare(
     axis: Compared = "kv",
     target_bpw: TargetBpws = None,
     packed_bpw: PackedBpws = None,
+    beside: Beside = None,
     cache: Cache = None,
     data: Text = "builtin:stdlib",
     overrides: Overrides = None,
@@ -122,7 +133,7 @@ def compare(
     bits, targets = compared_bits(axis, target_bpw, packed_bpw, recall is not None)
     sinks = draws_page(report) and bits == "kv"
     job = Job(model, _split(recipes), overrides or (), budget_bits, settings, recall, sinks)
-    job = replace(job, axis=bits, targets=targets, cache=cache)
+    job = replace(job, axis=bits, targets=targets, cache=cache, beside=_split(beside or []))
     return _compared(session, job, report, Access(allow_download, trust_remote_code))
 
 

@@ -13,9 +13,7 @@ from kvpack.calibrate.identity import needs_calibration
 from kvpack.recipe.fitting import needs_data
 from kvpack.recipe.load import load, variants
 from kvpack.recipe.locate import bundled
-from kvpack.recipe.reference_shape import reference_model
-from kvpack.recipe.resolve import resolve
-from kvpack.report import reference_bits
+from kvpack.report import reference_bits, reference_plan
 from tests.cli.conftest import Kvpack
 
 
@@ -70,7 +68,7 @@ def test_a_recipe_needs_data_when_its_plan_does(name: str) -> None:
     for reference in (name, *(f"{name}@{variant}" for variant in variants(name))):
         loaded = load(reference)
         if reference_bits(loaded).refused is None:
-            plan = resolve(loaded, reference_model())
+            plan = reference_plan(loaded)
             assert needs_data(loaded.recipe) == needs_calibration(plan), reference
 
 
