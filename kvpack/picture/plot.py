@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import PurePath
 from typing import Literal
 
 from kvpack.evaluate.frontier import Axis, Comparison, Point, names_of
@@ -59,8 +60,9 @@ def measures(made: Comparison) -> list[Measure]:
 
 
 def headline(made: Comparison) -> str:
-    """What is compared, and on which model."""
-    return f"{'KV-cache' if made.axis == 'kv' else 'Weight'} recipes on {made.model}"
+    """What is compared, and on which model: its folder's name, as pictures leave the machine."""
+    model = PurePath(made.model).name or made.model
+    return f"{'KV-cache' if made.axis == 'kv' else 'Weight'} recipes on {model}"
 
 
 def plot_file(made: Comparison) -> str:
