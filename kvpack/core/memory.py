@@ -7,8 +7,10 @@ import os
 import sys
 from pathlib import Path
 
-M_MMAP_THRESHOLD = -3
-LARGE_BYTES = 1 << 20
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LARGE_BYTES = 5 << 20
+"""Above the working pieces of `kvpack.core.pieces`, whose memory is used again and again."""
+KEPT_BYTES = 64 << 20
 
 
 def return_large_blocks() -> None:
@@ -17,12 +19,15 @@ def return_large_blocks() -> None:
     glibc raises its own threshold up to 32 MiB as such blocks are freed. Weights of that size then
     come from a heap that only shrinks at its end: reading a model block by block, resident memory
     was measured to grow by 70 MiB per decoder block although every tensor had been freed. A fixed
-    threshold keeps it flat. Other C libraries, and a threshold that the user set, are left alone.
+    threshold keeps it flat. Up to `KEPT_BYTES` of smaller ones stay with the process: fetching them from
+    the system for every piece of a weight took more time than rounding it. Other C libraries, and a threshold that the user set, are left alone.
     """
     if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return
     try:
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+        library.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
     except (AttributeError, OSError):
         return
 
