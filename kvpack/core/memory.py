@@ -20,7 +20,8 @@ def return_large_blocks() -> None:
     come from a heap that only shrinks at its end: reading a model block by block, resident memory
     was measured to grow by 70 MiB per decoder block although every tensor had been freed. A fixed
     threshold keeps it flat. Up to `KEPT_BYTES` of smaller ones stay with the process: fetching them from
-    the system for every piece of a weight took more time than rounding it. Other C libraries, and a threshold that the user set, are left alone.
+    the system for every piece of a weight took about as long as rounding it. Other C libraries, and a
+    threshold that the user set, are left alone.
     """
     if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return
