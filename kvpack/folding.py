@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from kvpack.core.lazy import torch
 from kvpack.core.model_spec import NormSpec, Projection
 from kvpack.core.roles import Plane, Transform
 from kvpack.core.types import Site, State
@@ -106,7 +107,7 @@ class Folding:
         if part == "rows":
             return basis.rows(name, tensor)
         if part == "gain":
-            return tensor * 0 + (1.0 - self._residual_norms()[name].offset)
+            return torch.full_like(tensor, 1.0 - self._residual_norms()[name].offset)
         return basis.forward(tensor) if part == "embedding" else basis.forward_columns(tensor)
 
     def _norm_of(self, change: BasisPlan, name: str) -> NormSpec | None:
@@ -183,8 +184,8 @@ def _touches(change: BasisPlan, plan: Plan) -> Iterator[tuple[str, Part]]:
     site, model = change.site, plan.model
     if site is None:
         yield model.embedding, "embedding"
-        for role, part in (("reader", "reader"), ("writer", "writer")):
-            yield from ((name, part) for name in _residual(role, plan))  # type: ignore[misc]  # literals
+        yield from ((name, "reader") for name in _residual("reader", plan))
+        yield from ((name, "writer") for name in _residual("writer", plan))
         for norm in (model.final_norm, *(s.norm for s in model.sites)):
             if norm is not None:
                 yield norm.weight, "gain"

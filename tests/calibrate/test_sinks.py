@@ -39,7 +39,7 @@ def formula(attention: Tensor) -> Tensor:
     tokens = len(attention)
     return torch.stack(
         [
-            sum(attention[i, k] for i in range(k, tokens)) / (tokens - k)  # type: ignore[misc]
+            sum(attention[i, k] for i in range(k, tokens)) / (tokens - k)  # type: ignore[misc]  # sum starts at an int
             for k in range(tokens)
         ]
     )

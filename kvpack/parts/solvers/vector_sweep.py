@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvpack import ops
-from kvpack.core.errors import KvpackError, RecipeError
+from kvpack.core.errors import RecipeError
 from kvpack.core.lazy import torch
+from kvpack.core.measured import measured
 from kvpack.core.roles import Codec, Solver, VectorCodec
 from kvpack.core.types import Solution, Stat, Stats
 
@@ -56,7 +57,7 @@ class VectorSweep(Solver):
                 hint="use codec: {kind: shared_vectors}, or solver: {kind: gptq}",
             )
         weight, channels = weight.float(), weight.shape[1]
-        gram = _gram(stats, channels)
+        gram = measured(stats, "gram", "gram", (channels, channels), "vector_sweep").float()
         upper = ops.gptq.inverse_factor(gram, self.damp)
         gram = self._damped(gram)
         if upper is None:
@@ -86,19 +87,3 @@ class VectorSweep(Solver):
         active = diagonal[diagonal != 0]
         mean = float(active.mean()) if len(active) else 1.0
         return gram + torch.diag(torch.where(diagonal == 0, mean, 0.0) + self.damp * mean)
-
-
-def _gram(stats: Stats, channels: int) -> Tensor:
-    gram = stats["gram"]["gram"] if "gram" in stats else None
-    if gram is None or tuple(gram.shape) != (channels, channels):
-        found = "missing" if gram is None else f"of shape {tuple(gram.shape)}"
-        raise KvpackError(
-            f"vector_sweep needs the Gram matrix of {channels} input channels; it is {found}",
-            hint="calibrate with this model and recipe",
-        )
-    if not bool(gram.isfinite().all()):
-        raise KvpackError(
-            "the Gram matrix of vector_sweep holds infinities or NaN",
-            hint="check the model's activations on the calibration text, e.g. run it in bfloat16",
-        )
-    return gram.float()
