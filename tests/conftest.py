@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,14 @@ from tests.tiny_models import make_model
 # Tiny tensors run faster on one thread, and parallel test workers do not fight over cores.
 torch.set_num_threads(1)
 logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests measure of this machine does not end in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVPACK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

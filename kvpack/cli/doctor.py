@@ -46,7 +46,8 @@ def doctor(
     """Check versions, processor, disk and environment."""
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder")
-    checks = [*_versions(), _cpu(), _disk(folder), *_writing(folder), _open_files(), _hub(), _recipes()]
+    machine = [_cpu(), *_kernels(), _disk(folder), *_writing(folder), _open_files()]
+    checks = [*_versions(), *machine, _hub(), _recipes()]
     failed = [check for check in checks if check.status == "failed"]
     for check in checks:
         if check.status == "warning":
@@ -97,6 +98,30 @@ def _cpu() -> Check:
         words = set()
     flags = " ".join(flag for flag in _CPU_FLAGS if flag in words) or "no known vector extensions listed"
     return Check("cpu", "ok", f"{os.cpu_count()} cores, {platform.machine()}, {flags}")
+
+
+def _kernels() -> Iterator[Check]:
+    """What computes on compressed numbers, for every kind of device that is here."""
+    from kvpack.kernels import choice
+
+    try:
+        asked = choice.forced()
+    except UsageError as error:
+        yield Check("kernels", "failed", str(error), error.hint or "")
+        return
+    for device in ("cpu", "cuda"):
+        found = choice.found(device)
+        if device == "cuda" and not _has_cuda():
+            continue
+        hint = "" if found.used or asked == "reference" else f"decoding will be slow: {found.why}"
+        text = f"{found.name} ({found.why}); {choice.VARIABLE}={asked}"
+        yield Check(f"kernels, {device}", "warning" if hint else "ok", text, hint)
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _disk(folder: Path) -> Check:

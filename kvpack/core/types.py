@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from kvpack.core.errors import KvpackError
 
@@ -101,6 +101,19 @@ class Payload:
     def bits_per_element(self) -> float:
         """Stored bits divided by logical elements."""
         return 8 * self.nbytes / math.prod(self.shape)
+
+
+class EvenGrid(NamedTuple):
+    """A grid of evenly spaced numbers, one per row of one group, as compiled loops read it.
+
+    `step` and `offset` float32 [R, 1]; codes are 0 to `levels`. A code stands for ``code * step +
+    offset``, or, where `centred`, for ``(code - offset) * step``.
+    """
+
+    step: Tensor
+    offset: Tensor
+    levels: int
+    centred: bool
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from kvpack.ops import mirrored as mirrored
     from kvpack.ops import outlier_counts as outlier_counts
     from kvpack.ops import outliers as outliers
+    from kvpack.ops import packed_affine as packed_affine
     from kvpack.ops import query_metric as query_metric
     from kvpack.ops import rows as rows
     from kvpack.ops import saliency as saliency

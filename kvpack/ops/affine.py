@@ -122,6 +122,14 @@ def values(q: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     return q.float().sub_(_zero_code(zero, bits)).mul_(step)
 
 
+def even(scale: Tensor, zero: Tensor | None, bits: int) -> tuple[Tensor, Tensor, bool]:
+    """Steps and offsets float32; numbers are ``code * step + offset``, if True ``(code - offset) * step``."""
+    step = scale.float()
+    if zero is not None and zero.dtype.is_floating_point:
+        return step, zero.float(), False
+    return step, torch.zeros_like(step) + _zero_code(zero, bits), True
+
+
 def round_towards(x: Tensor, dtype: torch.dtype, *, up: bool) -> Tensor:
     """Round `x` to the nearest number of `dtype` that is not below (`up`) or not above it.
 

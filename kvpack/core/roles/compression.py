@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from kvpack.core.errors import RecipeError
 from kvpack.core.roles.part import Part
-from kvpack.core.types import Payload, Shape, Site, State, TensorSpec
+from kvpack.core.types import EvenGrid, Payload, Shape, Site, State, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -189,6 +189,19 @@ class Codec(Part, ABC):
         query = query.float()
         return query @ self.decode(payload, state, query.dtype).mT
 
+    def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
+        """Sums of the encoded tokens [..., T, D] with weights [..., M, T]: float32 [..., M, D].
+
+        By default through `decode`, as `scores`.
+        """
+        weights = weights.float()
+        return weights @ self.decode(payload, state, weights.dtype)
+
+    @property
+    def reads_codes(self) -> bool:
+        """Whether `scores` and `mix` compute on the codes, without holding decoded tokens."""
+        return False
+
     def gridded(self, x: Tensor) -> GridCodec | None:
         """This codec with everything fixed that spans whole rows of `x` [..., T, D]; None if it has no grid.
 
@@ -233,6 +246,10 @@ class GridCodec(Codec):
     @abstractmethod
     def value(self, codes: Tensor, grid: State) -> Tensor:
         """The numbers that `codes` stand for, float32."""
+
+    def even(self, grid: State) -> EvenGrid | None:
+        """The grid of one group of channels as steps and offsets; None where it is not so simple."""
+        return None
 
     @abstractmethod
     def assemble(self, codes: Tensor, grid: State) -> Payload:

@@ -19,6 +19,10 @@ class Solver(Part, ABC):
     teaches: ClassVar[bool] = False
     """Whether it gives codecs that learn (`Codec.requires`, `Codec.state_spec`) their state."""
 
+    def stacks(self, codec: Codec) -> bool:
+        """Whether no row's codes depend on other rows: what shares an input may be solved as one matrix."""
+        return False
+
     @abstractmethod
     def solve(self, weight: Tensor, codec: Codec, stats: Stats) -> Solution:
         """Encode `weight` [R, C] with `codec`, knowing statistics of the layer's input."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from kvpack import ops
+from kvpack import kernels, ops
 from kvpack.core.errors import RecipeError
 from kvpack.core.grouping import grid_shape
 from kvpack.core.lazy import torch
 from kvpack.core.roles import Codec, GridCodec
-from kvpack.core.types import Group, Payload, Shape, State, TensorSpec
+from kvpack.core.types import EvenGrid, Group, Payload, Shape, State, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from kvpack.ops.packed_affine import AffineCodes
 
 
 SEGMENT_TOKENS = 4096
@@ -113,6 +115,13 @@ class Affine(GridCodec):
         values = ops.affine.values(split, *self._broadcast(grid), self.bits)
         return ops.affine.join(values, axis, codes.shape[-1])
 
+    def even(self, grid: State) -> EvenGrid | None:
+        """Steps and offsets, where groups are channels."""
+        if self.group.axis == "token":
+            return None
+        step, offset, centred = ops.affine.even(grid["scale"], grid.get("zero"), self.bits)
+        return EvenGrid(step, offset, 2**self.bits - 1, centred)
+
     def assemble(self, codes: Tensor, grid: State) -> Payload:
         """Pack chosen codes beside their grid."""
         return Payload({"codes": ops.bits.pack(codes, self.bits), **grid}, tuple(codes.shape))
@@ -125,9 +134,25 @@ class Affine(GridCodec):
 
     def decode(self, payload: Payload, state: State, dtype: torch.dtype) -> Tensor:
         """The approximation in `dtype`."""
-        grid = {name: t for name, t in payload.tensors.items() if name != "codes"}
-        codes = ops.bits.unpack(payload.tensors["codes"], self.bits, payload.shape[-1])
-        return self.value(codes, grid).to(dtype)
+        return kernels.affine.dense(self._packed(payload), dtype)
+
+    @property
+    def reads_codes(self) -> bool:
+        """Always."""
+        return True
+
+    def scores(self, query: Tensor, payload: Payload, state: State) -> Tensor:
+        """Products with the codes, a few rows at a time."""
+        return kernels.affine.scores(query, self._packed(payload))
+
+    def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
+        """Sums of the codes, a few rows at a time."""
+        return kernels.affine.mix(weights, self._packed(payload))
+
+    def _packed(self, payload: Payload) -> AffineCodes:
+        codes, scale = payload.tensors["codes"], payload.tensors["scale"]
+        zero, group, channels = payload.tensors.get("zero"), self.group, payload.shape[-1]
+        return ops.packed_affine.AffineCodes(codes, scale, zero, self.bits, group.axis, group.size, channels)
 
     def nests(self, coarser: Codec) -> bool:
         """Whether the grid of `coarser` is a part of this one, with the same ends.

@@ -1,0 +1,85 @@
+"""Which kernels compute: decided once per process and device, visible in `kvpack doctor`.
+
+``KVPACK_KERNELS`` forces a choice: "reference" switches every fast twin off, "numba" and "triton"
+allow that one only; "auto", the default, allows all that this machine has.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from importlib import metadata, util
+from typing import TYPE_CHECKING
+
+from kvpack.core.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+VARIABLE = "KVPACK_KERNELS"
+CHOICES = ("auto", "reference", "numba", "triton")
+
+
+@dataclass(frozen=True)
+class Found:
+    """Kernels for one kind of device: whether they are in use, and why or why not."""
+
+    device: str
+    name: str
+    used: bool
+    why: str
+
+
+def forced() -> str:
+    """What the environment asks for.
+
+    Raises:
+        UsageError: a name that does not exist.
+    """
+    wanted = os.environ.get(VARIABLE, "auto") or "auto"
+    if wanted not in CHOICES:
+        raise UsageError(
+            f"{VARIABLE}={wanted} is no set of kernels", hint=f"use one of {', '.join(CHOICES)}, or unset it"
+        )
+    return wanted
+
+
+@functools.lru_cache(maxsize=8)
+def _cpu(wanted: str) -> Found:
+    if wanted not in ("auto", "numba"):
+        return Found("cpu", "reference", False, f"{VARIABLE}={wanted}")
+    try:
+        version = metadata.version("numba")
+        from kvpack.kernels.cpu import pool
+    except (metadata.PackageNotFoundError, ImportError, OSError) as error:
+        return Found("cpu", "reference", False, f"numba cannot be used: {error}")
+    return Found("cpu", "numba", True, f"numba {version}, {pool.description()}")
+
+
+@functools.lru_cache(maxsize=8)
+def _cuda(wanted: str) -> Found:
+    if wanted not in ("auto", "triton"):
+        return Found("cuda", "reference", False, f"{VARIABLE}={wanted}")
+    if util.find_spec("triton") is None:
+        return Found("cuda", "reference", False, "triton is not installed")
+    return Found("cuda", "triton", True, f"triton {metadata.version('triton')}")
+
+
+def found(device: str) -> Found:
+    """What computes on devices of a kind ("cpu", "cuda")."""
+    if device == "cpu":
+        return _cpu(forced())
+    if device == "cuda":
+        return _cuda(forced())
+    return Found(device, "reference", False, "there are no kernels for this kind of device")
+
+
+def on_cpu(*tensors: torch.Tensor | None) -> bool:
+    """Whether the CPU's kernels compute with these tensors."""
+    return all(t is None or t.device.type == "cpu" for t in tensors) and found("cpu").used
+
+
+def on_gpu(*tensors: torch.Tensor | None) -> bool:
+    """Whether the GPU's kernels compute with these tensors."""
+    return all(t is None or t.device.type == "cuda" for t in tensors) and found("cuda").used

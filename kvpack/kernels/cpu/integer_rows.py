@@ -1,0 +1,277 @@
+"""Products of a few vectors with many rows of affine codes, in integers: the decode path of linears.
+
+The vectors are rounded to 16-bit integers with one factor per chunk of up to 128 channels. A chunk's
+codes are multiplied with them in integers, two products and their sum in one instruction, and only
+the chunk's sum becomes a float:
+
+    y_r = sum over chunks of  step * factor * sum_j code_j * x_j   +  sum over groups of  low * sum_j x_j
+
+with ``low`` the number that code 0 stands for. Rounding x this way errs by 2^-16 of the chunk's
+largest number; numbers that came as float32 get a second integer for what the first one left over.
+
+Numbers of a frame beside the pool's five (addresses; strides in bytes):
+
+     5 R, 6 C, 7 vectors, 8 rows per item, 9 codes, 10 stride of a row, 11 scale, 12 stride, 13 zero,
+    14 stride, 15 channels per group, 16 channels per chunk, 17 width of a code, 18 how steps are
+    stored, 19 how zeros are, 20 codes per step, 21 integers, 22 factors, 23 sums, 24 output,
+    25 integers per vector (1 or 2)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import cfunc, types
+from numba.extending import intrinsic
+
+from kvpack.kernels.cpu import jit, vectors
+from kvpack.kernels.cpu.affine_rows import CENTRED_INTEGER, OFFSET
+from kvpack.kernels.cpu.codes import LANES, WORDS, constant, load, unpack_fields
+from kvpack.kernels.cpu.jit import ADDRESS, ENTRY, F32, I16, I32, I64, at, device
+
+PAIRS = ir.VectorType(I32, LANES // 2)
+HALVES = ir.VectorType(F32, LANES // 2)
+TOGETHER = (1, 2, 4)
+"""How many integer vectors are multiplied with a row at a time."""
+
+
+def _pair_products(builder: Any, a: Any, b: Any) -> Any:
+    """Products of 16-bit integers, each added to its neighbour's: eight 32-bit sums."""
+    if _on_x86():
+        return vectors.call(builder, "llvm.x86.avx2.pmadd.wd", PAIRS, [a, b])
+    wide = ir.VectorType(I32, LANES)
+    product = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
+    even, odd = (constant(PAIRS, range(first, LANES, 2)) for first in (0, 1))
+    return builder.add(
+        builder.shuffle_vector(product, product, even), builder.shuffle_vector(product, product, odd)
+    )
+
+
+@functools.cache
+def _on_x86() -> bool:
+    from llvmlite import binding
+
+    return bool(dict(binding.get_host_cpu_features()).get("avx2"))
+
+
+def _each_version(builder: Any, key: Any, emit: Callable[[int, bool, int], None]) -> None:
+    """A branch for every width, with and without whole words, and number of vectors."""
+    done = builder.append_basic_block("multiplied")
+    switch = builder.switch(key, done)
+    for bits in vectors.WIDTHS:
+        for fields in (False, True) if bits in (2, 4, 8) else (False,):
+            for count in TOGETHER:
+                block = builder.append_basic_block(f"bits{bits}x{count}")
+                switch.add_case(I64(bits * 16 + fields * 8 + count), block)
+                builder.position_at_end(block)
+                emit(bits, fields, count)
+                builder.branch(done)
+    builder.position_at_end(done)
+
+
+@intrinsic
+def _row(
+    typing: Any, codes: Any, x: Any, stride: Any, factors: Any, chunks: Any, chunk: Any, out: Any, key: Any
+) -> Any:
+    """Products of one row with vectors [n, C], `stride` numbers apart, to `out` [n].
+
+    `factors` [n, chunks] are those of this row's chunks. `key` selects the version:
+    ``bits * 16 + whole words * 8 + n``.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        codes, x, stride, factors, chunks, chunk, out, key = arguments
+        stride_bytes = builder.mul(stride, I64(2))
+        chunk_bytes = builder.mul(chunk, I64(2))
+
+        def emit(bits: int, fields: bool, count: int) -> None:
+            span = LANES * (16 // bits) if fields else LANES
+            code_bytes = builder.lshr(builder.mul(chunk, I64(bits)), I64(3))
+
+            def whole_chunk(index: Any, totals: list[Any]) -> list[Any]:
+                source = builder.add(codes, builder.mul(index, code_bytes))
+                numbers = builder.add(x, builder.mul(index, chunk_bytes))
+
+                def step(first: Any, held: list[Any]) -> list[Any]:
+                    place = builder.add(source, builder.lshr(builder.mul(first, I64(bits)), I64(3)))
+                    for field, code in enumerate(unpack_fields(builder, place, bits, span)):
+                        offset = builder.add(builder.mul(first, I64(2)), I64(2 * LANES * field))
+                        for n in range(count):
+                            line = builder.add(numbers, builder.mul(stride_bytes, I64(n)))
+                            values = load(builder, builder.add(line, offset), WORDS)
+                            held[n] = builder.add(held[n], _pair_products(builder, code, values))
+                    return held
+
+                none = [constant(PAIRS, [0] * (LANES // 2))] * count
+                found = vectors.loop(builder, chunk, span, none, step)
+                results = []
+                for n in range(count):
+                    line = builder.add(index, builder.mul(chunks, I64(n)))
+                    factor = load(builder, builder.add(factors, builder.mul(line, I64(4))), F32)
+                    wide = builder.sitofp(found[n], HALVES)
+                    results.append(
+                        vectors.fused(builder, wide, vectors.splat(builder, factor, HALVES), totals[n])
+                    )
+                return results
+
+            nothing = [constant(HALVES, [0.0] * (LANES // 2))] * count
+            totals = vectors.loop(builder, chunks, 1, nothing, whole_chunk)
+            for n in range(count):
+                vectors.store(builder, vectors.total(builder, totals[n]), builder.add(out, I64(4 * n)))
+
+        _each_version(builder, key, emit)
+        return context.get_dummy_value()
+
+    return types.void(*[ADDRESS] * 8), generate
+
+
+@intrinsic
+def _write_word(typing: Any, address: Any, number: Any) -> Any:
+    """Write an integer as 16 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.inttoptr(arguments[0], I16.as_pointer())
+        builder.store(builder.trunc(arguments[1], I16), place).align = 2
+        return context.get_dummy_value()
+
+    return types.void(ADDRESS, types.int64), generate
+
+
+@device
+def _round_vectors(f: Any) -> Any:
+    """Integers, factors and sums of vectors.
+
+    Frame: 5 vectors [n, C] float32, 6 n, 7 C, 8 channels per chunk, 9 integers per vector, 10 order
+    of the codes in a step int64, 11 codes per step, 12 integers [n * per, C], 13 factors [n * per,
+    C / chunk], 14 sums [n, C / group], 15 channels per group.
+    """
+    count, channels, chunk, per, span = at(f, 6), at(f, 7), at(f, 8), at(f, 9), at(f, 11)
+    chunks, each = channels // chunk, at(f, 15) // chunk
+    jit.fill(at(f, 14), count * channels // at(f, 15), 0.0)
+    for n in range(count):
+        for c in range(chunks):
+            source = at(f, 5) + 4 * (n * channels + c * chunk)
+            largest, total = np.float32(1e-30), np.float32(0)
+            for j in range(chunk):
+                number = jit.read_float(source + 4 * j)
+                largest, total = max(largest, abs(number)), total + number
+            factor = largest / np.float32(32767)
+            inverse = np.float32(1) / factor
+            place = at(f, 14) + 4 * ((n * chunks + c) // each)
+            jit.write_float(place, jit.read_float(place) + total)
+            jit.write_float(at(f, 13) + 4 * (n * per * chunks + c), factor)
+            target = at(f, 12) + 2 * (n * per * channels + c * chunk)
+            if per == 2:
+                jit.write_float(at(f, 13) + 4 * ((n * 2 + 1) * chunks + c), factor * np.float32(2.0**-15))
+            for first in range(0, chunk, span):
+                for j in range(span):
+                    exact = jit.read_float(source + 4 * (first + at(at(f, 10), j))) * inverse
+                    whole = round(exact)
+                    _write_word(target + 2 * (first + j), int(whole))
+                    if per == 2:
+                        rest = round((exact - np.float32(whole)) * np.float32(32768))
+                        _write_word(target + 2 * (channels + first + j), int(min(rest, 32767)))
+
+
+@device
+def _scale(steps: Any, factors: Any, groups: Any, each: Any, out: Any) -> Any:
+    """The factors of chunks, `each` to a group, with the steps of their groups."""
+    if each == 1:
+        for g in range(groups):
+            jit.write_float(out + 4 * g, jit.read_float(steps + 4 * g) * jit.read_float(factors + 4 * g))
+        return
+    place = 0
+    for g in range(groups):
+        step = jit.read_float(steps + 4 * g)
+        for _ in range(each):
+            jit.write_float(out + place, step * jit.read_float(factors + place))
+            place += 4
+
+
+@device
+def _item(f: Any, first: Any, last: Any, factors: Any, lows: Any, found: Any) -> Any:
+    """Rows `first` to `last`."""
+    rows, channels, group, chunk, per = at(f, 5), at(f, 6), at(f, 15), at(f, 16), at(f, 25)
+    integers, chunks, groups = at(f, 7) * per, channels // chunk, channels // group
+    half, each = np.float32(1 << (at(f, 17) - 1)), group // chunk
+    steps = found + 4 * 8
+    for r in range(first, last):
+        jit.widen(at(f, 11) + r * at(f, 12), at(f, 18), groups, steps)
+        if at(f, 19) == OFFSET:
+            # Beside a float8 step the zero is float16.
+            kind = jit.FLOAT16 if at(f, 18) == jit.FLOAT8 else at(f, 18)
+            jit.widen(at(f, 13) + r * at(f, 14), kind, groups, lows)
+        else:
+            for g in range(groups):
+                centre = half
+                if at(f, 19) == CENTRED_INTEGER:
+                    centre += jit.read_int8(at(f, 13) + r * at(f, 14) + g)
+                jit.write_float(lows + 4 * g, -centre * jit.read_float(steps + 4 * g))
+        begin = 0
+        while begin < integers:
+            together = 4 if integers - begin >= 4 else 2 if integers - begin >= 2 else 1
+            for n in range(together):
+                line = at(f, 22) + 4 * (begin + n) * chunks
+                _scale(steps, line, groups, each, factors + 4 * n * chunks)
+            key = at(f, 17) * 16 + (8 if at(f, 20) > LANES else 0) + together
+            source, x = at(f, 9) + r * at(f, 10), at(f, 21) + 2 * begin * channels
+            _row(source, x, channels, factors, chunks, chunk, found, key)
+            for n in range(together):
+                vector, place = (begin + n) // per, at(f, 24) + 4 * ((begin + n) // per * rows + r)
+                total = jit.read_float(found + 4 * n)
+                if (begin + n) % per:
+                    total += jit.read_float(place)
+                else:
+                    total += vectors.product(lows, at(f, 23) + 4 * vector * groups, groups)
+                jit.write_float(place, total)
+            begin += together
+
+
+@device
+def _work(f: Any) -> Any:
+    """Take items of rows until none is left."""
+    chunks = at(f, 6) // at(f, 16)
+    found = at(f, 3) + jit.add_to(f + 16, 1) * at(f, 4)
+    factors = found + 4 * (8 + chunks)
+    lows = factors + 4 * 4 * chunks
+    while True:
+        item = jit.add_to(f, 1)
+        if item >= at(f, 1):
+            break
+        first = item * at(f, 8)
+        _item(f, first, min(at(f, 5), first + at(f, 8)), factors, lows, found)
+
+
+def scratch_bytes(chunks: int) -> int:
+    """Scratch of a thread: results, steps, factors of four vectors, lows."""
+    return 4 * (8 + 6 * chunks)
+
+
+@functools.cache
+def entry() -> Any:
+    """The products, for the pool."""
+    stamp = jit.stamp()
+
+    @cfunc(ENTRY, cache=True)
+    def run(pointer: Any) -> None:
+        if stamp:
+            _work(jit.address_of(pointer))
+
+    return run
+
+
+@functools.cache
+def rounding_entry() -> Any:
+    """The rounding of the vectors, for one thread."""
+    stamp = jit.stamp()
+
+    @cfunc(ENTRY, cache=True)
+    def run(pointer: Any) -> None:
+        if stamp:
+            _round_vectors(jit.address_of(pointer))
+
+    return run

@@ -1,0 +1,213 @@
+"""Vector code over float32 numbers in memory: products and sums of rows of 16 numbers and more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from kvpack.kernels.cpu.codes import LANES, load, unpack_words
+from kvpack.kernels.cpu.jit import ADDRESS, F32, I32, I64, device, read_float
+
+FLOATS = ir.VectorType(F32, LANES)
+
+
+def call(builder: Any, name: str, result: Any, arguments: Sequence[Any], flags: Sequence[str] = ()) -> Any:
+    """Call one of LLVM's own functions."""
+    function = builder.module.globals.get(name)
+    if function is None:
+        kind = ir.FunctionType(result, [argument.type for argument in arguments])
+        function = ir.Function(builder.module, kind, name)
+    return builder.call(function, arguments, fastmath=flags)
+
+
+def splat(builder: Any, number: Any, kind: Any = FLOATS) -> Any:
+    """A vector of one number."""
+    empty = ir.Constant(kind, ir.Undefined)
+    first = builder.insert_element(empty, number, I32(0))
+    return builder.shuffle_vector(first, empty, ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count))
+
+
+def fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """``a * b + c``, rounded once where the processor can."""
+    return call(builder, f"llvm.fmuladd.v{a.type.count}f32", a.type, [a, b, c])
+
+
+def total(builder: Any, vector: Any) -> Any:
+    """The sum of a vector's numbers, in any order."""
+    name = f"llvm.vector.reduce.fadd.v{vector.type.count}f32"
+    return call(builder, name, F32, [F32(0.0), vector], ("reassoc",))
+
+
+def store(builder: Any, value: Any, address: Any) -> None:
+    """Write a value to an address of float32 numbers."""
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = 4
+
+
+def _codes(builder: Any, address: Any, bits: int) -> Any:
+    """Sixteen codes as float32."""
+    # By way of signed 32-bit integers, which CPUs turn into floats at once.
+    wide = builder.zext(unpack_words(builder, address, bits), ir.VectorType(I32, LANES))
+    return builder.sitofp(wide, FLOATS)
+
+
+def _number(builder: Any, codes: Any, step: Any, offset: Any, centred: bool) -> Any:
+    """What codes stand for, with the roundings of `kvpack.ops.affine.values`."""
+    if centred:
+        return builder.fmul(builder.fsub(codes, offset), step)
+    return builder.fadd(builder.fmul(codes, step), offset)
+
+
+WIDTHS = range(1, 9)
+
+
+def _for_width(builder: Any, bits: Any, centred: Any, emit: Any) -> None:
+    """Call ``emit(width, is_centred)`` for every width, each in a branch of its own."""
+    done = builder.append_basic_block("decoded")
+    key = builder.or_(builder.shl(bits, I64(1)), builder.and_(centred, I64(1)))
+    switch = builder.switch(key, done)
+    for width in WIDTHS:
+        for is_centred in (False, True):
+            block = builder.append_basic_block(f"bits{width}")
+            switch.add_case(I64(2 * width + is_centred), block)
+            builder.position_at_end(block)
+            emit(width, is_centred)
+            builder.branch(done)
+    builder.position_at_end(done)
+
+
+@intrinsic
+def decode_each(
+    typing: Any, codes: Any, out: Any, step: Any, offset: Any, count: Any, bits: Any, centred: Any
+) -> Any:
+    """Decode `count` codes, a multiple of 16, that have steps and offsets of their own (addresses).
+
+    Reads exactly ``count * bits / 8`` bytes; writes ``(code - offset) * step`` where `centred` is 1,
+    and ``code * step + offset`` where it is 0.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        codes, out, step, offset, count, bits, centred = arguments
+
+        def emit(width: int, is_centred: bool) -> None:
+            def body(at: Any, values: list[Any]) -> list[Any]:
+                place = builder.mul(at, I64(4))
+                source = builder.add(codes, builder.lshr(builder.mul(at, I64(width)), I64(3)))
+                steps, offsets = (load(builder, builder.add(base, place), FLOATS) for base in (step, offset))
+                number = _number(builder, _codes(builder, source, width), steps, offsets, is_centred)
+                store(builder, number, builder.add(out, place))
+                return values
+
+            loop(builder, count, LANES, [], body)
+
+        _for_width(builder, bits, centred, emit)
+        return context.get_dummy_value()
+
+    return types.void(*[ADDRESS] * 7), generate
+
+
+@intrinsic
+def decode_same(
+    typing: Any, codes: Any, out: Any, step: Any, offset: Any, count: Any, bits: Any, centred: Any
+) -> Any:
+    """Decode `count` codes, a multiple of 16, that share step and offset; else as `decode_each`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        codes, out, step, offset, count, bits, centred = arguments
+        steps, offsets = (splat(builder, number) for number in (step, offset))
+
+        def emit(width: int, is_centred: bool) -> None:
+            def body(at: Any, values: list[Any]) -> list[Any]:
+                source = builder.add(codes, builder.lshr(builder.mul(at, I64(width)), I64(3)))
+                number = _number(builder, _codes(builder, source, width), steps, offsets, is_centred)
+                store(builder, number, builder.add(out, builder.mul(at, I64(4))))
+                return values
+
+            loop(builder, count, LANES, [], body)
+
+        _for_width(builder, bits, centred, emit)
+        return context.get_dummy_value()
+
+    return types.void(ADDRESS, ADDRESS, types.float32, types.float32, *[ADDRESS] * 3), generate
+
+
+@intrinsic
+def dot(typing: Any, a: Any, b: Any, count: Any) -> Any:
+    """The product of two rows of `count` float32 numbers, a multiple of 16, at addresses."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        first, second, count = arguments
+
+        def step(at: Any, sums: list[Any]) -> list[Any]:
+            place = builder.mul(at, I64(4))
+            a, b = (load(builder, builder.add(base, place), FLOATS) for base in (first, second))
+            return [fused(builder, a, b, sums[0])]
+
+        (result,) = loop(builder, count, LANES, [ir.Constant(FLOATS, [0.0] * LANES)], step)
+        return total(builder, result)
+
+    return types.float32(ADDRESS, ADDRESS, types.int64), generate
+
+
+@device
+def product(a: Any, b: Any, count: Any) -> Any:
+    """The product of two rows of any length."""
+    whole = count // LANES * LANES
+    result = np.float32(0)
+    if whole:
+        result = dot(a, b, whole)
+    for j in range(whole, count):
+        result += read_float(a + 4 * j) * read_float(b + 4 * j)
+    return result
+
+
+@intrinsic
+def add_rows(typing: Any, out: Any, rows: Any, stride: Any, weights: Any, count: Any) -> Any:
+    """Add ``weights[i] * rows[i]`` for `count` rows, 32 numbers of each, to the 32 numbers at `out`.
+
+    Rows lie `stride` bytes apart.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        out, rows, stride, weights, count = arguments
+        parts = [builder.add(out, I64(4 * LANES * part)) for part in range(2)]
+
+        def step(at: Any, sums: list[Any]) -> list[Any]:
+            weight = splat(builder, load(builder, builder.add(weights, builder.mul(at, I64(4))), F32))
+            row = builder.add(rows, builder.mul(at, stride))
+            return [
+                fused(builder, weight, load(builder, builder.add(row, I64(4 * LANES * part)), FLOATS), held)
+                for part, held in enumerate(sums)
+            ]
+
+        sums = loop(builder, count, 1, [load(builder, part, FLOATS) for part in parts], step)
+        for value, part in zip(sums, parts, strict=True):
+            store(builder, value, part)
+        return context.get_dummy_value()
+
+    return types.void(ADDRESS, ADDRESS, types.int64, ADDRESS, types.int64), generate
+
+
+def loop(builder: Any, count: Any, step: int, start: list[Any], body: Any) -> list[Any]:
+    """Run ``values = body(at, values)`` for at = 0, `step`, ... below `count`, at least once."""
+    before = builder.block
+    inside, after = (builder.append_basic_block(name) for name in ("rows", "done"))
+    builder.branch(inside)
+    builder.position_at_end(inside)
+    at = builder.phi(I64)
+    values = [builder.phi(value.type) for value in start]
+    at.add_incoming(I64(0), before)
+    for value, first in zip(values, start, strict=True):
+        value.add_incoming(first, before)
+    results: list[Any] = body(at, list(values))
+    following, last = builder.add(at, I64(step)), builder.block
+    at.add_incoming(following, last)
+    for value, result in zip(values, results, strict=True):
+        value.add_incoming(result, last)
+    builder.cbranch(builder.icmp_signed("<", following, count), inside, after)
+    builder.position_at_end(after)
+    return results
