@@ -28,8 +28,13 @@ if TYPE_CHECKING:
     """(query [B, H, T, D], key and value [B, K, S, D], mask or None, scaling) -> what attention
     shall read instead: key, value and mask; None leaves them as they are."""
 
+    Reader = Callable[[Tensor, Tensor | None, float, float | None, Tensor | None], Tensor | None]
+    """(query [B, H, T, D], mask or None, scaling, softcap, sink scores [H]) -> attention [B, T, H, D];
+    None leaves it to the model."""
+
 PREFIX = "kvpack_"
 _OBSERVER = "_kvpack_observer"
+_READER = "_kvpack_reader"
 _WRAPPED = ("sdpa", "eager")
 
 
@@ -60,9 +65,25 @@ def observe(model: Any) -> None:
         )
 
 
+def observable(model: Any) -> bool:
+    """Whether `observe` can work: the implementation in use takes general masks."""
+    inner = str(model.config._attn_implementation)
+    return inner in _WRAPPED or inner.startswith(PREFIX)
+
+
 def set_observer(attention: nn.Module, observer: Observer | None) -> None:
     """Let `observer` see every call of one attention module from now on; None ends it."""
     attention.__dict__[_OBSERVER] = observer
+
+
+def set_reader(attention: nn.Module, reader: Reader) -> None:
+    """Let `reader` compute attention of one module wherever it can."""
+    attention.__dict__[_READER] = reader
+
+
+def is_routed(model_config: Any) -> bool:
+    """Whether attention goes through the functions of this module."""
+    return str(model_config._attn_implementation).startswith(PREFIX)
 
 
 @contextmanager
@@ -104,9 +125,14 @@ def _through(inner: str) -> Callable[..., Any]:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> Any:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        reader = module.__dict__.get(_READER)
+        if reader is not None:
+            out = reader(query, attention_mask, scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+            if out is not None:
+                return out, None
         observer = module.__dict__.get(_OBSERVER)
         if observer is not None:
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             seen = observer(query, key, value, attention_mask, scale)
             key, value, attention_mask = (key, value, attention_mask) if seen is None else seen
         return _function(inner, module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

@@ -59,6 +59,19 @@ class PlanePlan:
         learned = (i for i, t in enumerate(self.transforms) if self.folded and t.requires())
         return {i: self.states[i] for i in learned} | self.online_states()
 
+    def obstacle(self, plane: Plane, shape: Shape) -> str:
+        """Why a plane of `shape` [B, K, T, D] must be decoded to be read; empty where it need not."""
+        for transform in self.online:
+            kind = type(transform).__name__
+            if tuple(transform.shape(shape)) != tuple(shape):
+                return f"{kind} mixes heads"
+            if plane == "value" and not transform.linear:
+                return f"{kind} depends on the token"
+            if plane == "key" and type(transform).dual is Transform.dual:
+                return f"{kind} has no partner for queries"
+        slow = next((codec for codec in self.codecs if not codec.reads_codes), None)
+        return "" if slow is None else f"{type(slow).__name__} codes are decoded"
+
     def coded_shape(self, shape: Shape) -> Shape:
         """Shape [B, K', T, D'] that the codecs see for a plane of `shape` [B, K, T, D]."""
         for transform in self.online:
@@ -101,6 +114,25 @@ def segments(codec: Codec, tokens: int) -> Iterator[int]:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How attention of a decode step gets at what a layer has stored.
+
+    `key` and `value` are "codes" (computed on as they are), "blocks" (decoded and transformed back some
+    tokens at a time) or "dense" (decoded as a whole, for the model's own attention); `why` tells
+    what stands against codes.
+    """
+
+    key: Literal["codes", "blocks", "dense"]
+    value: Literal["codes", "blocks", "dense"]
+    why: str = ""
+
+    @property
+    def on_codes(self) -> bool:
+        """Whether past keys and values are never decoded as a whole."""
+        return self.key != "dense"
+
+
+@dataclass(frozen=True)
 class RetrievalPlan:
     """How a layer's queries choose the tokens that they read.
 
@@ -130,6 +162,27 @@ class KVLayerPlan:
         """Everything that transforms and encodes: "key", "value", and "index" where there is one."""
         index = {} if self.retrieval is None else {"index": self.retrieval.index}
         return {"key": self.key, "value": self.value, **index}
+
+    @property
+    def reading(self) -> Reading:
+        """Which way attention takes."""
+        reasons = {
+            "the layer stores its inputs, not keys and values": self.inputs is not None,
+            "queries choose the tokens that they read": self.retrieval is not None,
+            "tokens are ranked by importance": self.policy.scorer is not None,
+            "a transform is fitted to the prompt": self.sees_attention and not self.narrowed,
+            "the policy drops tokens that the model would read": self.narrowed,
+        }
+        for why, holds in reasons.items():
+            if holds:
+                return Reading("dense", "dense", why)
+        shape = (1, self.attention.kv_heads, 1, self.attention.head_dim)
+        found = {name: self.plane(name).obstacle(name, shape) for name in PLANES}
+        ways: dict[Plane, Literal["codes", "blocks"]] = {
+            name: "blocks" if found[name] else "codes" for name in PLANES
+        }
+        why = "; ".join(f"{name}s: {what}" for name, what in found.items() if what)
+        return Reading(ways["key"], ways["value"], why)
 
     @property
     def planes(self) -> tuple[Plane, ...]:

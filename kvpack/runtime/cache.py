@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from kvpack.core.errors import UsageError
 from kvpack.core.types import Rope, State
+from kvpack.kernels import choice
 from kvpack.models.rematerialise import Rematerialiser
 from kvpack.recipe.inputs_plan import InputsPlan, basis_name
 from kvpack.recipe.kv_plan import KVLayerPlan, state_name
@@ -70,6 +71,11 @@ class KVScheme:
     def sees_attention(self) -> bool:
         """Whether layers must be shown the queries."""
         return any(plan.sees_attention for plan in self.plans)
+
+    @property
+    def on_codes(self) -> bool:
+        """Whether attention over some layer's tokens reads the codes."""
+        return choice.forced() != "reference" and any(plan.reading.on_codes for plan in self.plans)
 
     @property
     def needs_rope(self) -> bool:

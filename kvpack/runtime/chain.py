@@ -118,8 +118,7 @@ class ChainedLayer(InputsLayer):
         if self._differs:
             with torch.no_grad():
                 before = self._into_basis("value", self.reconstruction.of(self._layer - 1, start, stop))
-                leaving = plane.tail[:, :, : stop - start] - before.unsqueeze(1)
-                plane.tail = torch.cat((leaving, plane.tail[:, :, stop - start :]), 2)
+                plane.tail[:, :, : stop - start] -= before.unsqueeze(1)
         super()._encode(needed)
         with torch.no_grad():
             self._stored_inputs("value", start, plane.length)

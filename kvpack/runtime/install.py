@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from kvpack.core.errors import UnsupportedModel, UsageError
 from kvpack.core.types import Rope
-from kvpack.models.attention_interface import observe, set_observer
+from kvpack.models.attention_interface import is_routed, observable, observe, set_observer, set_reader
 from kvpack.models.rematerialise import Rematerialiser
 from kvpack.models.rope import rope_of
 from kvpack.recipe.kv_plan import KVLayerPlan
+from kvpack.runtime.attention import Call
 from kvpack.runtime.cache import KVPackCache, KVScheme, make_scheme
 from kvpack.runtime.layer import KVPackLayer
 
@@ -109,7 +110,7 @@ def install(
     for layer, (attention, residual) in taps.items():
         module = model.get_submodule(attention.block if residual else attention.module)
         module.register_forward_pre_hook(_show_input(layer), with_kwargs=True)
-    if scheme.sees_attention:
+    if scheme.sees_attention or (scheme.on_codes and observable(model)):
         observe(model)
         for plan in scheme.plans:
             _show_attention(model.get_submodule(plan.attention.module), plan.attention.layer)
@@ -125,6 +126,17 @@ def _show_attention(attention: nn.Module, layer: int) -> None:
     def find(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = _cache_among(args, kwargs)
         in_use[0] = None if cache is None else cache.layers[layer]
+        if in_use[0] is not None:
+            in_use[0].routed = in_use[0].plan.reading.on_codes and is_routed(module.config)
+
+    def read(
+        query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor | None:
+        held = in_use[0]
+        found = None if held is None else held.attention(Call(query, mask, scaling, softcap, sinks))
+        if found is not None:
+            in_use[0] = None
+        return found
 
     def attend(
         query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
@@ -135,6 +147,7 @@ def _show_attention(attention: nn.Module, layer: int) -> None:
 
     attention.register_forward_pre_hook(find, with_kwargs=True)
     set_observer(attention, attend)
+    set_reader(attention, read)
 
 
 def _show_input(layer: int) -> Hook:

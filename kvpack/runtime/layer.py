@@ -14,10 +14,14 @@ from kvpack.core.errors import UsageError
 from kvpack.core.roles import Plane
 from kvpack.core.types import CacheView, Rope, Site, State
 from kvpack.recipe.kv_plan import KVLayerPlan
+from kvpack.runtime.attention import Call, attend
 from kvpack.runtime.holdings import Holdings
 from kvpack.runtime.overlay import Overlay
 from kvpack.runtime.plane import PlaneCache
 from kvpack.runtime.tokens import TokenTrack
+
+MOST_QUERIES = 8
+"""New tokens in a pass for which attention reads the codes; with more, decoding once is faster."""
 
 
 class KVPackLayer(Holdings, CacheLayerMixin):
@@ -29,6 +33,8 @@ class KVPackLayer(Holdings, CacheLayerMixin):
         rope: the layer's rotary embedding, for transforms that need it.
         track: positions and padding, shared by the layers of a cache.
         exact_prefill: see `KVPackCache`.
+
+    `routed` tells, for the pass that comes next, that its attention will call `attention`.
     """
 
     is_compileable = False
@@ -51,6 +57,8 @@ class KVPackLayer(Holdings, CacheLayerMixin):
         self._states, self._rope = states, rope
         self._planes: dict[Plane, PlaneCache] = {}
         self._encoded_before_reset = 0
+        self.routed = False
+        self._unread: int | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take batch, dtype and device from the first keys and values [B, K, T, D]."""
@@ -84,10 +92,15 @@ class KVPackLayer(Holdings, CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._check_attended()
         past, new = self.get_seq_length(), key_states.shape[2]
         self._check_announced(past + new, key_states.shape[0])
         start = self._window_start(past)
         self._protect(key_states, value_states, past)
+        if self._on_codes(new):
+            self._append(key_states, value_states)
+            self._unread = start
+            return key_states, value_states
         held = self._read(start, past, key_states, value_states) if self.exact_prefill else None
         self._append(key_states, value_states)
         if held is None:
@@ -98,6 +111,38 @@ class KVPackLayer(Holdings, CacheLayerMixin):
             self._encode(self._window_start(past + new))
             self._drop()
         return held
+
+    def _on_codes(self, new: int) -> bool:
+        """Whether attention over the stored tokens comes next, for this pass of `new` tokens."""
+        routed, self.routed = self.routed, False
+        return routed and new <= MOST_QUERIES and any(self.stored_tokens.values())
+
+    def _check_attended(self) -> None:
+        if self._unread is not None:
+            raise UsageError(
+                f"layer {self.plan.attention.layer}: attention did not read what the cache holds",
+                why="the last pass ended between the cache and its attention function",
+                hint="start a new cache; keep the attention implementation of the loaded model",
+            )
+
+    def attention(self, call: Call) -> Tensor | None:
+        """Attention over everything stored, [B, T, H, D]; None where `update` returned it to be read.
+
+        Encodes what leaves the tails afterwards, as `update` does otherwise.
+        """
+        if self._unread is None:
+            return None
+        start, self._unread = self._unread, None
+        length = self.get_seq_length()
+        if not self.exact_prefill:
+            self._encode(start)
+        with torch.no_grad():
+            out = attend(call, self._planes["key"], self._planes["value"], self._overlay, self.track, start)
+        if self.exact_prefill and not self.record_past:
+            self._encode(self._window_start(length))
+        if not (self.exact_prefill and self.record_past):
+            self._drop()
+        return out
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> None:
         self._planes["key"].append(key_states)
@@ -259,6 +304,7 @@ class KVPackLayer(Holdings, CacheLayerMixin):
         """Forget everything; the next update begins anew."""
         self._encoded_before_reset = self.encoded_tokens
         self._planes, self.is_initialized, self.record_past = {}, False, False
+        self._unread = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i of the batch what row ``beam_idx[i]`` was."""

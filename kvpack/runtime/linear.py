@@ -15,6 +15,10 @@ from kvpack.core.errors import UsageError
 from kvpack.core.packed_bytes import PackedBytes, unpack
 from kvpack.core.roles import Codec, Transform
 from kvpack.core.types import TensorSpec
+from kvpack.runtime import linear_paths
+
+PIECE_NUMBERS = 1 << 22
+"""Numbers of a weight that are decoded at a time; few enough for a processor's last-level cache."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,27 @@ class PackedTensors(nn.Module):
         """The decoded weight [R, C]."""
         return weight_code.decode(self.packed.codec, self.stored, self.packed.shape, dtype)
 
+    def products_of_codes(self, x: Tensor) -> Tensor:
+        """``x W^T`` [N, R] of rows `x` [N, C], computed on the codes."""
+        found = weight_code.solution(self.packed.codec, self.stored, self.packed.shape)
+        return self.packed.codec.scores(x, found.payload, found.state).to(x.dtype)
+
+    def products_of_decoded(self, x: Tensor) -> Tensor:
+        """``x W^T`` [N, R] of rows `x` [N, C]; the weight is decoded some rows at a time."""
+        codec, (rows, channels) = self.packed.codec, self.packed.shape
+        found, dtype = (
+            weight_code.solution(codec, self.stored, self.packed.shape),
+            linear_paths.dense_dtype(x),
+        )
+        numbers, out = x.to(dtype), x.new_empty((len(x), rows))
+        step = max(1, PIECE_NUMBERS // channels // codec.token_block) * codec.token_block
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            piece = found.payload if stop - start == rows else found.payload.rows(start, stop)
+            weight = codec.decode(piece, found.state, dtype)
+            out[:, start:stop] = functional.linear(numbers, weight)
+        return out
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Let `fn` move the buffers but not cast them."""
         moved = {name: _without_cast(fn, self.get_buffer(name)) for name in self.packed.tensors}
@@ -147,9 +172,16 @@ class PackedLinear(PackedTensors):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to `x` [..., C]; the weight is decoded to the dtype of `x`."""
+        """Apply the layer to `x` [..., C]: on the codes for few rows, else through decoded weights."""
         x = weight_code.prepare_input(x, self.packed.online, self.packed.inputs)
-        return functional.linear(x, self.dense(x.dtype), self.bias)
+        if x.requires_grad:
+            return functional.linear(x, self.dense(x.dtype), self.bias)
+        rows = x.reshape(-1, self.in_features)
+        few = linear_paths.on_codes(self, rows)
+        found = self.products_of_codes(rows) if few else self.products_of_decoded(rows)
+        if self.bias is not None:
+            found += self.bias
+        return found.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Shape and stored bits per weight."""

@@ -12,6 +12,7 @@ from kvpack.core.roles import Transform
 from kvpack.core.types import Shape, Site, State
 from kvpack.recipe.kv_plan import PlanePlan, drop_oldest
 from kvpack.runtime.overlay import Overlay
+from kvpack.runtime.tail import Tail
 from kvpack.runtime.tier import Tier
 from kvpack.runtime.tokens import TokenTrack
 
@@ -53,7 +54,7 @@ class PlaneCache:
             Tier(codec, state, shape, like.dtype, like.device)
             for codec, state in zip(plan.codecs, of_codecs, strict=True)
         ]
-        self.tail = like.new_empty((batch, heads, 0, channels))
+        self._tail = Tail(like)
         self.boundary = self.tail_start = 0
         self._coded_shape = shape
         self._fitted: set[int] = set()
@@ -62,6 +63,11 @@ class PlaneCache:
     def coded_shape(self) -> Shape:
         """[B, K', token block, D'] of what the codecs see."""
         return (self.tail.shape[0], *self._coded_shape[1:])
+
+    @property
+    def keeps_heads(self) -> bool:
+        """Whether the codecs see one head for each of the plane's, of the same width."""
+        return tuple(self._coded_shape[1::2]) == (self.tail.shape[1], self.tail.shape[3])
 
     def fit_prompt(self, queries: Tensor, tokens: TokenTrack) -> None:
         """Make the states of transforms that want it from the tail and its queries [B, H, T, D]."""
@@ -107,9 +113,14 @@ class PlaneCache:
     def _piece_tokens(self) -> int:
         return max(1, PIECE_ELEMENTS // (self.tail.shape[0] * self.tail.shape[1] * self.tail.shape[3]))
 
+    @property
+    def tail(self) -> Tensor:
+        """The exact slots [B, K, T, D]; a view that the next change of the plane may overwrite."""
+        return self._tail.tokens
+
     def append(self, x: Tensor) -> None:
         """Add exact tokens [B, K, T, D] to the tail."""
-        self.tail = torch.cat((self.tail, x.detach().to(self.tail.dtype)), 2)
+        self._tail.append(x.detach())
 
     def encode(self, count: int, needed: int, tokens: TokenTrack, overlay: Overlay) -> None:
         """Move the `count` oldest slots behind `boundary` out of the tail, and others between tiers.
@@ -126,7 +137,7 @@ class PlaneCache:
         target = drop_oldest(self._placement(stop, self.block), stop - held)
         for index in reversed(range(len(self.tiers))):
             start = self._fill(index, target[index], start, stop, tokens, overlay)
-        self.tail = self.tail[:, :, max(0, stop - self.tail_start) :].clone()
+        self._tail.drop(max(0, stop - self.tail_start))
         self.boundary, self.tail_start = stop, max(stop, self.tail_start)
 
     def coming(self, count: int, needed: int) -> int:
@@ -226,27 +237,27 @@ class PlaneCache:
     def _drop_tail(self, needed: int) -> None:
         useless = (needed - self.boundary) // self.block * self.block + self.boundary
         if useless > self.tail_start:
-            self.tail = self.tail[:, :, useless - self.tail_start :].clone()
+            self._tail.drop(useless - self.tail_start)
             self.tail_start = useless
 
     def crop(self, length: int) -> None:
         """Keep the slots before `length`; codes of a block that is cut stay as they are."""
         if length >= self.boundary:
-            self.tail = self.tail[:, :, : max(0, length - self.tail_start)].clone()
+            self._tail.crop(max(0, length - self.tail_start))
             return
         gone = self.boundary - length
         for tier in self.tiers:
             here = min(gone, tier.tokens)
             tier.store.crop(here)
             gone -= here
-        self.tail = self.tail[:, :, :0].clone()
+        self._tail.crop(0)
         self.boundary = self.tail_start = length
 
     def select(self, index: Tensor) -> None:
         """Make row i of the batch what row `index[i]` was."""
         for tier in self.tiers:
             tier.select(index)
-        self.tail = self.tail.index_select(0, index.to(self.tail.device))
+        self._tail.select(index)
         for i in self._fitted:
             transform, state, site = self.transforms[i]
             picked = {n: t.index_select(0, index.to(t.device)) for n, t in state.items()}
@@ -265,5 +276,6 @@ class PlaneCache:
 
     @property
     def allocated_nbytes(self) -> int:
-        """The same with the stores' room to grow."""
-        return self._exact_nbytes + sum(tier.store.allocated_nbytes for tier in self.tiers)
+        """The same with the room to grow."""
+        room = self._tail.allocated_nbytes - self._tail.nbytes
+        return self._exact_nbytes + room + sum(tier.store.allocated_nbytes for tier in self.tiers)

@@ -52,7 +52,7 @@ class RankedPlane(PlaneCache):
             self._admit(self._transformed(start, stop, tokens), start, stop, tokens)
         else:
             self._clear()
-        self.tail = self.tail[:, :, max(0, stop - self.tail_start) :].clone()
+        self._tail.drop(max(0, stop - self.tail_start))
         self.boundary, self.tail_start = stop, max(stop, self.tail_start)
 
     def _transformed(self, start: int, stop: int, tokens: TokenTrack) -> Tensor:

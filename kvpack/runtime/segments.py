@@ -70,6 +70,19 @@ class SegmentStore:
             if start < segment.stop:
                 yield Piece(segment.tensors, segment.tokens, start, segment.stop)
 
+    def lengths(self) -> Iterator[int]:
+        """Live tokens of each segment, in order: a piece never reaches over two of them."""
+        return (segment.live for segment in self._segments)
+
+    def piece(self, skip: int, tokens: int) -> Piece:
+        """The `tokens` live tokens after the `skip` oldest, which lie in one segment."""
+        for segment in self._segments:
+            if skip < segment.live:
+                start = segment.start + skip
+                return Piece(segment.tensors, segment.tokens, start, start + tokens)
+            skip -= segment.live
+        raise IndexError(f"there are no {tokens} tokens after {skip} more")
+
     def crop(self, tokens: int) -> None:
         """Forget the `tokens` newest live tokens."""
         while tokens and self._segments:

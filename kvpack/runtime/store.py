@@ -124,6 +124,21 @@ class BlockStore:
                 )
                 start = stop
 
+    def lengths(self) -> Iterator[int]:
+        """Live tokens of each run, in order: a piece never reaches over two of them."""
+        return (stop - start for start, stop in self.runs)
+
+    def piece(self, skip: int, tokens: int) -> Piece:
+        """The `tokens` live tokens after the `skip` oldest, which lie in one run."""
+        for first, last in self.runs:
+            if skip < last - first:
+                start = first + skip
+                base, end = start // self.block, -(-(start + tokens) // self.block)
+                views, begin = self._views(base, end - base), start - base * self.block
+                return Piece(views, (end - base) * self.block, begin, begin + tokens)
+            skip -= last - first
+        raise IndexError(f"there are no {tokens} tokens after {skip} more")
+
     def crop(self, tokens: int) -> None:
         """Forget the `tokens` newest live tokens."""
         while tokens and self.runs:

@@ -13,7 +13,7 @@ from kvpack.core.roles import Codec
 from kvpack.core.types import Payload, Shape, State
 from kvpack.recipe.kv_plan import segments
 from kvpack.runtime.segments import SegmentStore
-from kvpack.runtime.store import BlockStore
+from kvpack.runtime.store import BlockStore, Piece
 
 
 class Tier:
@@ -100,9 +100,30 @@ class Tier:
     def read(self, skip: int, most: int, dtype: torch.dtype) -> Iterator[Tensor]:
         """Decoded tokens after the `skip` oldest, in pieces [B, K, t, D] of about `most` tokens."""
         for piece in self.store.pieces(skip, most):
-            shape = (*self._shape[:2], piece.tokens, self._shape[3])
-            x = self.codec.decode(Payload(piece.tensors, shape), self.state, dtype)
+            x = self.codec.decode(self._payload(piece), self.state, dtype)
             yield x[:, :, piece.start : piece.stop]
+
+    def scores(self, query: Tensor, skip: int, tokens: int) -> Tensor:
+        """Products of queries [B, K, M, D] with the `tokens` tokens after the `skip` oldest, [B, K, M, t]."""
+        piece = self.store.piece(skip, tokens)
+        found = self.codec.scores(query, self._payload(piece), self.state)
+        return found[..., piece.start : piece.stop]
+
+    def mix(self, weights: Tensor, skip: int, tokens: int) -> Tensor:
+        """Sums of the `tokens` tokens after the `skip` oldest with weights [B, K, M, t], [B, K, M, D]."""
+        piece = self.store.piece(skip, tokens)
+        if tokens < piece.tokens:
+            weights = torch.nn.functional.pad(weights, (piece.start, piece.tokens - piece.stop))
+        return self.codec.mix(weights, self._payload(piece), self.state)
+
+    def decode(self, skip: int, tokens: int) -> Tensor:
+        """The `tokens` tokens after the `skip` oldest, float32 [B, K, t, D]."""
+        piece = self.store.piece(skip, tokens)
+        x = self.codec.decode(self._payload(piece), self.state, torch.float32)
+        return x[:, :, piece.start : piece.stop]
+
+    def _payload(self, piece: Piece) -> Payload:
+        return Payload(piece.tensors, (*self._shape[:2], piece.tokens, self._shape[3]))
 
     def select(self, index: Tensor) -> None:
         """Make row i of the batch what row `index[i]` was."""
