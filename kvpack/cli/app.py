@@ -9,6 +9,7 @@ import typer
 
 from kvpack import __version__
 from kvpack.cli import (
+    bench,
     calibrate,
     compare,
     demo,
@@ -37,7 +38,7 @@ _recipes = typer.Typer(help="List, show and check recipes: what to compress, and
 _PANELS: dict[str, tuple[Callable[..., Result], ...]] = {
     "Start here": (demo.demo, plan.plan, calibrate.calibrate, export.export),
     "Look": (inspect_.inspect_,),
-    "Check": (verify.verify, eval_.eval_, compare.compare, doctor.doctor),
+    "Check": (verify.verify, eval_.eval_, compare.compare, bench.bench, doctor.doctor),
     "Use": (generate.generate,),
 }
 _RECIPES = (recipes.recipes_list, recipes.recipes_show, recipes.recipes_validate, recipes.recipes_schema)

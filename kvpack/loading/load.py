@@ -95,15 +95,17 @@ def leave_packed(yes: bool) -> Iterator[None]:
         _LEAVE_PACKED.reset(token)
 
 
-def load_source(reference: str | Path, access: Access = CLOSED) -> PreTrainedModel:
-    """Load an uncompressed model, to compare with; in its own dtype.
+def load_source(
+    reference: str | Path, access: Access = CLOSED, dtype: torch.dtype | str = "auto"
+) -> PreTrainedModel:
+    """Load an uncompressed model, to compare with; in its own dtype, or in `dtype`.
 
     Raises:
         SourceError: the folder or hub id leads to no model.
     """
     folder, _ = resolve(reference, allow_download=access.allow_download)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", local_files_only=True, trust_remote_code=access.trust_remote_code
+        folder, dtype=dtype, local_files_only=True, trust_remote_code=access.trust_remote_code
     )
     return model
 

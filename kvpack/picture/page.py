@@ -9,12 +9,11 @@ from kvpack.evaluate.cells import cells, headings, source_cells, subject, units
 from kvpack.evaluate.frontier import AnyEvaluation, Axis, Comparison, Entry, names_of
 from kvpack.evaluate.scores import Evaluation
 from kvpack.evaluate.stored_errors import LayerError
+from kvpack.picture.document import document, section
 from kvpack.picture.heat import heat, sink_maps
 from kvpack.picture.markup import Markup, escape, join, tag
 from kvpack.picture.plot import headline, measures, plot
-from kvpack.picture.style import COLOURS, PAGE, PLOT, SCRIPT
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _LETTERS = {"prefill": "A", "decode": "B"}
 _COUNTED: dict[Axis, str] = {
     "kv": "Bits count everything that the caches hold.",
@@ -25,27 +24,11 @@ _COUNTED: dict[Axis, str] = {
 
 def page(made: Comparison) -> str:
     """A comparison as an HTML document."""
-    title = headline(made)
-    head = tag(
-        "head",
-        None,
-        tag("meta", {"charset": "utf-8"}),
-        tag("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}),
-        tag("meta", {"name": "color-scheme", "content": "light dark"}),
-        tag("meta", {"http-equiv": "Content-Security-Policy", "content": _POLICY}),
-        tag("title", None, title),
-        tag("style", None, COLOURS, PLOT, PAGE),
-    )
-    parts = [tag("h1", None, title), *_about(made), *_plots(made), *_table(made), *_errors(made)]
+    parts = [*_about(made), *_plots(made), *_table(made), *_errors(made)]
     sinks = sink_maps(made.sinks)
     if sinks:
-        parts.append(_section("Outlier channels and attention sinks", sinks))
-    body = tag("body", None, tag("main", None, *parts), tag("script", None, SCRIPT))
-    return "<!DOCTYPE html>\n" + tag("html", {"lang": "en"}, head, body) + "\n"
-
-
-def _section(title: str, *content: Markup) -> Markup:
-    return tag("section", None, tag("h2", None, title), *content)
+        parts.append(section("Outlier channels and attention sinks", sinks))
+    return document(headline(made), *parts)
 
 
 def _about(made: Comparison) -> Iterator[Markup]:
@@ -69,7 +52,7 @@ def _plots(made: Comparison) -> Iterator[Markup]:
     for measure in measures(made):
         figures = [tag("figure", None, plot(made, name, measure)) for name in made.protocols]
         if figures:
-            yield _section(names[measure], *figures)
+            yield section(names[measure], *figures)
     if any(made.protocols):
         text = (
             f"Blue: on the frontier, no other recipe has both fewer bits and a {_better(made)}. "
@@ -95,7 +78,7 @@ def _table(made: Comparison) -> Iterator[Markup]:
     grid = tag(
         "table", None, tag("caption", None, caption), tag("thead", None, head), tag("tbody", None, *rows)
     )
-    yield _section("Numbers", tag("div", {"class": "scroll"}, grid))
+    yield section("Numbers", tag("div", {"class": "scroll"}, grid))
 
 
 def _cells(*texts: object) -> list[Markup]:
@@ -156,7 +139,7 @@ def _errors(made: Comparison) -> Iterator[Markup]:
         escape("Relative error of each layer, one column per layer, measured under A."),
     )
     numbers = tag("details", None, tag("summary", None, "as numbers"), *_error_table(found))
-    yield _section("Error per layer", about, *figures, numbers)
+    yield section("Error per layer", about, *figures, numbers)
 
 
 def _error_table(found: Sequence[tuple[str, Sequence[LayerError]]]) -> Iterator[Markup]:

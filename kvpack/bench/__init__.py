@@ -1,0 +1,1 @@
+"""Speed and memory of an artifact beside its source, measured in turns by one process each."""
