@@ -1,0 +1,1 @@
+"""Triton's kernels: on a GPU where there is one, else through the interpreter."""
