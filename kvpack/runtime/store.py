@@ -11,7 +11,7 @@ from torch import Tensor
 from kvpack.core.types import TensorSpec
 
 SPARE_TOKENS = 64
-SPARE_FRACTION = 8
+SPARE_FRACTION = 16
 """A full buffer grows by at least `SPARE_TOKENS` tokens and by 1/`SPARE_FRACTION` of its size."""
 
 

@@ -81,10 +81,12 @@ def _writer(kind: Any, given: Any, convert: Any = None) -> Any:
 
 read_integer = _reader(I64, types.int64)
 read_byte = _reader(I8, types.int64, lambda b, v: b.zext(v, I64))
+read_word = _reader(I16, types.int64, lambda b, v: b.zext(v, I64))
 read_float = _reader(F32, types.float32)
 read_half = _reader(F16, types.float32, lambda b, v: b.fpext(v, F32))
 read_bfloat = _reader(I16, types.float32, lambda b, v: b.bitcast(b.shl(b.zext(v, I32), I32(16)), F32))
 read_int8 = _reader(I8, types.float32, lambda b, v: b.sitofp(v, F32))
+write_word = _writer(I16, types.int64, lambda b, v: b.trunc(v, I16))
 write_float = _writer(F32, types.float32)
 write_half = _writer(I16, types.float32, lambda b, v: b.bitcast(b.fptrunc(v, F16), I16))
 

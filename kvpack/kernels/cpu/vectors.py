@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,14 @@ from kvpack.kernels.cpu.codes import LANES, load, unpack_words
 from kvpack.kernels.cpu.jit import ADDRESS, F32, I32, I64, device, read_float
 
 FLOATS = ir.VectorType(F32, LANES)
+
+
+@functools.cache
+def has_avx2() -> bool:
+    """Whether this processor has the instructions of x86 that some loops are written for."""
+    from llvmlite import binding
+
+    return bool(dict(binding.get_host_cpu_features()).get("avx2"))
 
 
 def call(builder: Any, name: str, result: Any, arguments: Sequence[Any], flags: Sequence[str] = ()) -> Any:
@@ -140,17 +149,53 @@ def dot(typing: Any, a: Any, b: Any, count: Any) -> Any:
     """The product of two rows of `count` float32 numbers, a multiple of 16, at addresses."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        first, second, count = arguments
-
-        def step(at: Any, sums: list[Any]) -> list[Any]:
-            place = builder.mul(at, I64(4))
-            a, b = (load(builder, builder.add(base, place), FLOATS) for base in (first, second))
-            return [fused(builder, a, b, sums[0])]
-
-        (result,) = loop(builder, count, LANES, [ir.Constant(FLOATS, [0.0] * LANES)], step)
+        a, b, count = arguments
+        (result,) = _dots(builder, a, [b], count)
         return total(builder, result)
 
     return types.float32(ADDRESS, ADDRESS, types.int64), generate
+
+
+@intrinsic
+def four_dots(typing: Any, a: Any, b: Any, stride: Any, count: Any, out: Any, step: Any) -> Any:
+    """Products of a row with four rows `stride` bytes apart, to numbers `step` bytes apart."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        a, b, stride, count, out, step = arguments
+        rows = [builder.add(b, builder.mul(stride, I64(n))) for n in range(4)]
+        vectors = _dots(builder, a, rows, count)
+        # Neighbours are added until each row has one number left: a tree for all four together.
+        while len(vectors) > 1:
+            vectors = [_pairwise(builder, *pair) for pair in zip(vectors[::2], vectors[1::2], strict=True)]
+        (sums,) = vectors
+        while sums.type.count > 4:
+            sums = _pairwise(builder, sums, None)
+        for n in range(4):
+            store(builder, builder.extract_element(sums, I32(n)), builder.add(out, builder.mul(step, I64(n))))
+        return context.get_dummy_value()
+
+    return types.void(*[ADDRESS] * 6), generate
+
+
+def _dots(builder: Any, row: Any, others: Sequence[Any], count: Any) -> list[Any]:
+    """Products of a row with others, as vectors of sixteen partial sums."""
+
+    def step(at: Any, sums: list[Any]) -> list[Any]:
+        place = builder.mul(at, I64(4))
+        shared = load(builder, builder.add(row, place), FLOATS)
+        numbers = [load(builder, builder.add(other, place), FLOATS) for other in others]
+        return [fused(builder, shared, x, held) for x, held in zip(numbers, sums, strict=True)]
+
+    return loop(builder, count, LANES, [ir.Constant(FLOATS, [0.0] * LANES) for _ in others], step)
+
+
+def _pairwise(builder: Any, a: Any, b: Any | None) -> Any:
+    """Sums of neighbours: those of `a`, then those of `b`."""
+    count = a.type.count if b is None else 2 * a.type.count
+    other = ir.Constant(a.type, ir.Undefined) if b is None else b
+    places = ir.VectorType(I32, count // 2)
+    even, odd = (ir.Constant(places, list(range(first, count, 2))) for first in (0, 1))
+    return builder.fadd(builder.shuffle_vector(a, other, even), builder.shuffle_vector(a, other, odd))
 
 
 @device
@@ -167,29 +212,51 @@ def product(a: Any, b: Any, count: Any) -> Any:
 
 @intrinsic
 def add_rows(typing: Any, out: Any, rows: Any, stride: Any, weights: Any, count: Any) -> Any:
-    """Add ``weights[i] * rows[i]`` for `count` rows, 32 numbers of each, to the 32 numbers at `out`.
+    """Add ``weights[i] * rows[i]`` for `count` rows, 16 numbers of each, to the 16 numbers at `out`.
 
     Rows lie `stride` bytes apart.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         out, rows, stride, weights, count = arguments
-        parts = [builder.add(out, I64(4 * LANES * part)) for part in range(2)]
-
-        def step(at: Any, sums: list[Any]) -> list[Any]:
-            weight = splat(builder, load(builder, builder.add(weights, builder.mul(at, I64(4))), F32))
-            row = builder.add(rows, builder.mul(at, stride))
-            return [
-                fused(builder, weight, load(builder, builder.add(row, I64(4 * LANES * part)), FLOATS), held)
-                for part, held in enumerate(sums)
-            ]
-
-        sums = loop(builder, count, 1, [load(builder, part, FLOATS) for part in parts], step)
-        for value, part in zip(sums, parts, strict=True):
-            store(builder, value, part)
+        _add(builder, [out], rows, stride, [weights], count)
         return context.get_dummy_value()
 
-    return types.void(ADDRESS, ADDRESS, types.int64, ADDRESS, types.int64), generate
+    return types.void(*[ADDRESS] * 5), generate
+
+
+@intrinsic
+def add_rows_to_four(
+    typing: Any, out: Any, out_stride: Any, rows: Any, stride: Any, weights: Any, step: Any, count: Any
+) -> Any:
+    """`add_rows` for four outputs, `out_stride` bytes apart, with weights `step` bytes apart."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        out, out_stride, rows, stride, weights, step, count = arguments
+        outs = [builder.add(out, builder.mul(out_stride, I64(n))) for n in range(4)]
+        lines = [builder.add(weights, builder.mul(step, I64(n))) for n in range(4)]
+        _add(builder, outs, rows, stride, lines, count)
+        return context.get_dummy_value()
+
+    return types.void(*[ADDRESS] * 7), generate
+
+
+def _add(
+    builder: Any, outs: Sequence[Any], rows: Any, stride: Any, weights: Sequence[Any], count: Any
+) -> None:
+    """Add weighted rows to every output; a row is read once for all of them."""
+
+    def step(at: Any, sums: list[Any]) -> list[Any]:
+        row, place = (
+            load(builder, builder.add(rows, builder.mul(at, stride)), FLOATS),
+            builder.mul(at, I64(4)),
+        )
+        factors = [splat(builder, load(builder, builder.add(line, place), F32)) for line in weights]
+        return [fused(builder, factor, row, held) for factor, held in zip(factors, sums, strict=True)]
+
+    sums = loop(builder, count, 1, [load(builder, out, FLOATS) for out in outs], step)
+    for value, out in zip(sums, outs, strict=True):
+        store(builder, value, out)
 
 
 def loop(builder: Any, count: Any, step: int, start: list[Any], body: Any) -> list[Any]:
