@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kvpack.artifact.files import BUFFER_BYTES
@@ -14,6 +16,7 @@ from kvpack.core.progress import SILENT, Progress
 from kvpack.core.safetensors_header import TensorEntry, read_header
 from kvpack.core.tensor_io import read_tensor
 
+_THREADS = min(4, os.cpu_count() or 1)
 _HINT = "copy or download this file again; `kvpack export` makes the same bytes"
 
 
@@ -26,14 +29,16 @@ def check_hashes(
         ArtifactError: a file differs; names the file, and the tensors for weights.
     """
     names = tuple(manifest.files if files is None else files)
-    for done, name in enumerate(names):
-        record = manifest.files[name]
-        progress("check", done, len(names), name)
-        if _sha256(folder / name, 0, record.bytes) != record.sha256:
-            lost = _lost(folder / name, {**manifest.weight_tensors(), **manifest.kv_state})
-            raise ArtifactError(
-                f"{name} is damaged{lost}", where=str(folder), why="its sha256 differs", hint=_HINT
-            )
+    with ThreadPoolExecutor(_THREADS) as pool:
+        hashes = pool.map(lambda name: _sha256(folder / name, 0, manifest.files[name].bytes), names)
+        for done, (name, found) in enumerate(zip(names, hashes, strict=True)):
+            progress("check", done, len(names), name)
+            if found != manifest.files[name].sha256:
+                pool.shutdown(cancel_futures=True)
+                lost = _lost(folder / name, {**manifest.weight_tensors(), **manifest.kv_state})
+                raise ArtifactError(
+                    f"{name} is damaged{lost}", where=str(folder), why="its sha256 differs", hint=_HINT
+                )
     progress("check", len(names), len(names))
 
 

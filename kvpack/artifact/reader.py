@@ -5,6 +5,7 @@ Opening needs no torch; only reading tensors does.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -142,7 +143,13 @@ def read_manifest(folder: Path) -> Manifest:
     path = member(folder, MANIFEST_FILE)
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise ArtifactError(f"is larger than {MAX_MANIFEST_BYTES:,} bytes", where=str(path))
-    return Manifest.from_json(_bytes(path), str(path))
+    return _parsed(_bytes(path), str(path))
+
+
+@functools.lru_cache(maxsize=2)
+def _parsed(data: bytes, where: str) -> Manifest:
+    """Loading looks at the same manifest more than once; a large one takes half a second to parse."""
+    return Manifest.from_json(data, where)
 
 
 def _bytes(path: Path) -> bytes:

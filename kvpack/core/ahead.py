@@ -11,6 +11,16 @@ from kvpack.core.lazy import torch
 
 T = TypeVar("T")
 
+
+def in_background(task: Callable[[], T]) -> Future[T]:
+    """Begin a task in a thread of its own; `result()` waits for it and raises what it raised."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        return pool.submit(task)
+    finally:
+        pool.shutdown(wait=False)
+
+
 MOST_THREADS = 4
 """Results in flight cost memory, so there are not more of them on larger machines."""
 

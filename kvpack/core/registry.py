@@ -33,12 +33,16 @@ def singular(role: str) -> str:
     return "policy" if role == "policies" else role[:-1]
 
 
+@functools.cache
+def _own(role: str) -> frozenset[str]:
+    package = importlib.import_module(f"kvpack.parts.{role}")
+    return frozenset(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+
+
 def kinds(role: str) -> list[str]:
     """Names of all parts of a role, sorted."""
-    package = importlib.import_module(f"kvpack.parts.{role}")
-    own = {m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")}
     other = {name.partition(".")[2] for name in _external() if name.startswith(f"{role}.")}
-    return sorted(own | other)
+    return sorted(_own(role) | other)
 
 
 def find(role: str, kind: str) -> type[Part]:

@@ -16,6 +16,8 @@ def scores(query: Tensor, x: AffineCodes) -> Tensor:
         from kvpack.kernels.cpu import affine
 
         return affine.scores(query, x)
+    if x.outer == 1 and choice.on_gpu(query, x.codes, x.scale, x.zero):
+        return _gpu_products(query, x)
     return packed_affine.scores(query, x)
 
 
@@ -35,6 +37,55 @@ def dense(x: AffineCodes, dtype: torch.dtype) -> Tensor:
 
         return affine.dense(x, dtype)
     return packed_affine.dense(x, dtype)
+
+
+def attention(
+    query: Tensor,
+    keys: AffineCodes,
+    values: AffineCodes,
+    start: int,
+    tokens: int,
+    mask: Tensor | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Unnormalised attention over `tokens` coded tokens from `start` on, in one kernel; None without one.
+
+    Args:
+        query: [B, K, M, D], scaled already.
+        keys: [B, K, T, D].
+        values: [B, K, T, D].
+        start: the first of the tokens.
+        tokens: how many there are.
+        mask: is added to scores, float32 [B, tokens] or None.
+        softcap: bounds scores, or None.
+
+    Returns:
+        Weighted values float32 [B, K, M, D], maxima and sums of weights [B, K, M].
+    """
+    if not choice.on_gpu(query, keys.codes, keys.scale, keys.zero, values.codes, values.scale, values.zero):
+        return None
+    from kvpack.kernels.triton import affine_attention, attention_plan
+
+    if not attention_plan.fits(keys, values, query.shape[2]):
+        return None
+    cap = 0.0 if softcap is None else softcap
+    return affine_attention.affine_attention(
+        query, keys, values, start=start, tokens=tokens, mask=mask, scale=1.0, softcap=cap
+    )
+
+
+def _gpu_products(query: Tensor, x: AffineCodes) -> Tensor:
+    from kvpack.kernels.triton import affine_matmul
+
+    weight = x._replace(
+        codes=x.codes.flatten(0, -2),
+        scale=x.scale.flatten(0, -2),
+        zero=None if x.zero is None else x.zero.flatten(0, -2),
+    )
+    if not affine_matmul.fits(weight):
+        return packed_affine.scores(query, x)
+    rows = query.reshape(-1, x.channels)
+    return affine_matmul.affine_matmul(rows, weight).float().reshape(*query.shape[:-1], x.tokens)
 
 
 def _cpu(source: Tensor, x: AffineCodes) -> bool:

@@ -61,9 +61,16 @@ def _cpu(wanted: str) -> Found:
 def _cuda(wanted: str) -> Found:
     if wanted not in ("auto", "triton"):
         return Found("cuda", "reference", False, f"{VARIABLE}={wanted}")
+    from kvpack.kernels import triton
+
     if util.find_spec("triton") is None:
         return Found("cuda", "reference", False, "triton is not installed")
-    return Found("cuda", "triton", True, f"triton {metadata.version('triton')}")
+    version = metadata.version("triton")
+    if triton.interpreting():
+        return Found("cuda", "triton", True, f"triton {version}, interpreted on the CPU: very slow")
+    if not triton.available():
+        return Found("cuda", "reference", False, "no GPU of compute capability 8.0 or above")
+    return Found("cuda", "triton", True, f"triton {version}")
 
 
 def found(device: str) -> Found:
@@ -81,5 +88,25 @@ def on_cpu(*tensors: torch.Tensor | None) -> bool:
 
 
 def on_gpu(*tensors: torch.Tensor | None) -> bool:
-    """Whether the GPU's kernels compute with these tensors."""
-    return all(t is None or t.device.type == "cuda" for t in tensors) and found("cuda").used
+    """Whether the GPU's kernels compute with these tensors.
+
+    With ``KVPACK_KERNELS=triton`` and Triton's interpreter they do so with the CPU's, for tests.
+    """
+    kind = "cuda"
+    if forced() == "triton":
+        from kvpack.kernels import triton
+
+        kind = "cpu" if triton.interpreting() else kind
+    return all(t is None or t.device.type == kind for t in tensors) and found("cuda").used
+
+
+def warm_up() -> None:
+    """Compile what most models need, or load it from the cache: seconds that can pass beside others.
+
+    Does nothing where the CPU's kernels are not used.
+    """
+    if found("cpu").used:
+        from kvpack.kernels.cpu import affine_rows, integer_rows
+
+        affine_rows.entry()
+        integer_rows.entry()

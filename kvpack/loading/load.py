@@ -41,7 +41,7 @@ def load(
 ) -> PreTrainedModel:
     """Load an artifact as a transformers model, with packed weights and its compressed KV cache.
 
-    Every file's checksum is compared before anything is allocated.
+    Every file's checksum is compared before the model is handed out.
 
     Args:
         path: the artifact's folder.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kvpack.artifact.writer import INDEX_FILE
+from kvpack.core.ahead import in_background
 from kvpack.core.errors import ArtifactError, UsageError
+from kvpack.kernels import choice
 
 METHOD = "kvpack"
 
@@ -58,17 +61,23 @@ class KvpackQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
+        from kvpack.artifact.damage import check_hashes
         from kvpack.artifact.reader import Artifact
         from kvpack.loading.load import prepare
 
         if not checkpoint_files:
             raise ArtifactError("no weights were found", hint="give the artifact's folder")
-        self.artifact = Artifact.open(Path(checkpoint_files[0]).parent)
+        folder = Path(checkpoint_files[0]).parent
+        self.artifact = Artifact.open(folder, check="structure")
+        # Hashing takes as long as all the rest of loading; what it finds is asked for before the model is.
+        self.hashing = in_background(partial(check_hashes, folder, self.artifact.manifest))
+        in_background(choice.warm_up)
         prepare(model, self.artifact)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         from kvpack.loading.load import finish
 
+        self.hashing.result()
         finish(model, self.artifact, self.dtype)
         del model.config.transformers_weights
         return model

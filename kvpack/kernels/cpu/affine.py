@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -73,35 +71,21 @@ def _integer_products(query: Tensor, x: AffineCodes) -> Tensor:
     per = 2 if query.dtype in (torch.float32, torch.float64) else 1
     vectors = query.reshape(-1, x.channels).float().contiguous()
     count, chunk = len(vectors), _chunk(x)
-    span, chunks = codes.field_span(x.bits, chunk), x.channels // chunk
-    integers = torch.empty((count * per, x.channels), dtype=torch.int16)
-    factors, sums = torch.empty((count * per, chunks)), torch.empty((count, x.channels // x.group))
-    order = _order(x.bits, span)
-    held = (vectors, integers, factors, sums, order)
-    source, whole, scaling, adding, places = (t.data_ptr() for t in held)
-    sizes = (count, x.channels, chunk, per, places, span)
-    pool.run(integer_rows.rounding_entry(), 1, 0, source, *sizes, whole, scaling, adding, x.group)
     out = torch.empty((*query.shape[:-1], x.tokens))
     per_item = max(16, min(128, x.tokens // (8 * pool.threads())))
+    zero = _zero(x)
     pool.run(
         integer_rows.entry(),
         -(-x.tokens // per_item),
-        integer_rows.scratch_bytes(chunks),
+        integer_rows.scratch_bytes(x.channels, count, per, chunk, x.group),
         *(x.tokens, x.channels, count, per_item),
-        *(
-            number
-            for t in (x.codes, x.scale, _zero(x))
-            for number in (t.data_ptr(), t.stride(-2) * t.element_size())
-        ),
-        *(x.group, chunk, x.bits, _KINDS[x.scale.dtype], _zeros(x), span),
-        *(whole, scaling, adding, out.data_ptr(), per),
+        *(x.codes.data_ptr(), x.codes.stride(-2)),
+        *(x.scale.data_ptr(), x.scale.stride(-2) * x.scale.element_size()),
+        *(zero.data_ptr(), zero.stride(-2) * zero.element_size()),
+        *(x.group, chunk, x.bits, _KINDS[x.scale.dtype], _zeros(x)),
+        *(codes.field_span(x.bits, chunk) // codes.LANES, vectors.data_ptr(), per, out.data_ptr()),
     )
     return out
-
-
-@functools.cache
-def _order(bits: int, span: int) -> Tensor:
-    return torch.tensor(codes.field_order(bits, span) if span > codes.LANES else range(span))
 
 
 def _zero(x: AffineCodes) -> Tensor:

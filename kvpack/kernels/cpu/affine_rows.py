@@ -16,7 +16,6 @@ its head before the next one is read: numbers that are not codes never reach mem
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -152,7 +151,7 @@ def _work(f: Any) -> Any:
                 jit.narrow(rows, count * channels, place, at(f, 31))
 
 
-@functools.cache
+@jit.built_once
 def entry() -> Any:
     """What the pool runs."""
     stamp = jit.stamp()

@@ -4,7 +4,7 @@ Sixteen codes fill 2b bytes. Each code lies in two neighbouring bytes, as bits s
 16-bit word with s < 8: a byte shuffle brings the two bytes into a lane of their own, a
 multiplication by 2^(16-b-s) moves the code to the top of the lane, a shift brings it down. Where b
 divides 16, whole words are loaded instead and each is shifted and masked 16/b times, which gives
-the codes in another order (`field_order`).
+the codes in another order (`unpack_fields`).
 """
 
 from __future__ import annotations
@@ -38,14 +38,11 @@ def field_span(bits: int, group: int) -> int:
     return fields * LANES if group % (fields * LANES) == 0 else LANES
 
 
-def field_order(bits: int, span: int) -> list[int]:
-    """Which code of a step each lane of each field holds, field by field."""
-    fields = span // LANES
-    return [lane * fields + field for field in range(fields) for lane in range(LANES)]
-
-
 def unpack_fields(builder: Any, address: Any, bits: int, span: int) -> list[Any]:
-    """The `span` codes at an address as vectors of 16 words, in `field_order`."""
+    """The `span` codes at an address as vectors of 16 words.
+
+    Lane l of vector k holds code ``l * fields + k``, where a word holds `fields` codes.
+    """
     if span == LANES:
         return [unpack_words(builder, address, bits)]
     word, fields = load(builder, address, WORDS), span // LANES

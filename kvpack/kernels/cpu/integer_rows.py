@@ -9,12 +9,14 @@ the chunk's sum becomes a float:
 with ``low`` the number that code 0 stands for. Rounding x this way errs by 2^-16 of the chunk's
 largest number; numbers that came as float32 get a second integer for what the first one left over.
 
+Every thread rounds the vectors for itself: that takes less time than waiting for another to do it.
+
 Numbers of a frame beside the pool's five (addresses; strides in bytes):
 
      5 R, 6 C, 7 vectors, 8 rows per item, 9 codes, 10 stride of a row, 11 scale, 12 stride, 13 zero,
     14 stride, 15 channels per group, 16 channels per chunk, 17 width of a code, 18 how steps are
-    stored, 19 how zeros are, 20 codes per step, 21 integers, 22 factors, 23 sums, 24 output,
-    25 integers per vector (1 or 2)
+    stored, 19 how zeros are, 20 codes in a word (1 where they are taken in order), 21 the vectors
+    float32 [n, C], 22 integers per number (1 or 2), 23 output [n, R]
 """
 
 from __future__ import annotations
@@ -131,50 +133,69 @@ def _row(
 
 @intrinsic
 def _write_word(typing: Any, address: Any, number: Any) -> Any:
-    """Write an integer as 16 bits."""
+    """Write a float32 number that is whole as a 16-bit integer."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         place = builder.inttoptr(arguments[0], I16.as_pointer())
-        builder.store(builder.trunc(arguments[1], I16), place).align = 2
+        word = builder.trunc(builder.fptosi(arguments[1], I32), I16)
+        builder.store(word, place).align = 2
         return context.get_dummy_value()
 
-    return types.void(ADDRESS, types.int64), generate
+    return types.void(ADDRESS, types.float32), generate
 
 
 @device
-def _round_vectors(f: Any) -> Any:
-    """Integers, factors and sums of vectors.
+def _whole(number: Any) -> Any:
+    """The nearest whole number, of less than 2^22: where floats have no fraction left, adding rounds."""
+    return number + np.float32(12582912) - np.float32(12582912)
 
-    Frame: 5 vectors [n, C] float32, 6 n, 7 C, 8 channels per chunk, 9 integers per vector, 10 order
-    of the codes in a step int64, 11 codes per step, 12 integers [n * per, C], 13 factors [n * per,
-    C / chunk], 14 sums [n, C / group], 15 channels per group.
-    """
-    count, channels, chunk, per, span = at(f, 6), at(f, 7), at(f, 8), at(f, 9), at(f, 11)
-    chunks, each = channels // chunk, at(f, 15) // chunk
-    jit.fill(at(f, 14), count * channels // at(f, 15), 0.0)
+
+@device
+def _round_chunk(
+    source: Any, chunk: Any, fields: Any, inverse: Any, out: Any, numbers: Any, rest: Any
+) -> Any:
+    """Integers of a chunk, in the order of the codes; `rest` leaves what was rounded off in `numbers`."""
+    for j in range(chunk):
+        exact = jit.read_float(source + 4 * j) * inverse
+        whole = _whole(exact)
+        if rest:
+            jit.write_float(numbers + 4 * j, (exact - whole) * np.float32(32767))
+        else:
+            jit.write_float(numbers + 4 * j, whole)
+    if fields == 1:
+        for j in range(chunk):
+            _write_word(out + 2 * j, _whole(jit.read_float(numbers + 4 * j)))
+        return
+    for first in range(0, chunk, fields * LANES):
+        for field in range(fields):
+            target, place = out + 2 * (first + field * LANES), numbers + 4 * (first + field)
+            for lane in range(LANES):
+                _write_word(target + 2 * lane, _whole(jit.read_float(place + 4 * lane * fields)))
+
+
+@device
+def _round_vectors(f: Any, integers: Any, factors: Any, sums: Any, numbers: Any) -> Any:
+    """Integers [n * per, C], factors [n * per, C / chunk] and sums [n, C / group] of the vectors."""
+    channels, count, chunk, per = at(f, 6), at(f, 7), at(f, 16), at(f, 22)
+    chunks, each, fields = channels // chunk, at(f, 15) // chunk, at(f, 20)
+    jit.fill(sums, count * channels // at(f, 15), 0.0)
     for n in range(count):
+        source = at(f, 21) + 4 * n * channels
+        line, target = factors + 4 * n * per * chunks, integers + 2 * n * per * channels
         for c in range(chunks):
-            source = at(f, 5) + 4 * (n * channels + c * chunk)
-            largest, total = np.float32(1e-30), np.float32(0)
-            for j in range(chunk):
-                number = jit.read_float(source + 4 * j)
-                largest, total = max(largest, abs(number)), total + number
-            factor = largest / np.float32(32767)
-            inverse = np.float32(1) / factor
-            place = at(f, 14) + 4 * ((n * chunks + c) // each)
-            jit.write_float(place, jit.read_float(place) + total)
-            jit.write_float(at(f, 13) + 4 * (n * per * chunks + c), factor)
-            target = at(f, 12) + 2 * (n * per * channels + c * chunk)
+            vectors.peak_and_sum(source + 4 * c * chunk, chunk, numbers)
+            # A chunk of zeros has a factor, too.
+            factor = max(jit.read_float(numbers), np.float32(1e-30)) / np.float32(32767)
+            place = sums + 4 * ((n * chunks + c) // each)
+            jit.write_float(place, jit.read_float(place) + jit.read_float(numbers + 4))
+            jit.write_float(line + 4 * c, factor)
+            inverse, out = np.float32(1) / factor, target + 2 * c * chunk
+            _round_chunk(source + 4 * c * chunk, chunk, fields, inverse, out, numbers, False)
             if per == 2:
-                jit.write_float(at(f, 13) + 4 * ((n * 2 + 1) * chunks + c), factor * np.float32(2.0**-15))
-            for first in range(0, chunk, span):
-                for j in range(span):
-                    exact = jit.read_float(source + 4 * (first + at(at(f, 10), j))) * inverse
-                    whole = round(exact)
-                    _write_word(target + 2 * (first + j), int(whole))
-                    if per == 2:
-                        rest = round((exact - np.float32(whole)) * np.float32(32768))
-                        _write_word(target + 2 * (channels + first + j), int(min(rest, 32767)))
+                jit.write_float(line + 4 * (chunks + c), factor / np.float32(32767))
+                _round_chunk(
+                    source + 4 * c * chunk, chunk, fields, inverse, out + 2 * channels, numbers, True
+                )
 
 
 @device
@@ -193,12 +214,14 @@ def _scale(steps: Any, factors: Any, groups: Any, each: Any, out: Any) -> Any:
 
 
 @device
-def _item(f: Any, first: Any, last: Any, factors: Any, lows: Any, found: Any) -> Any:
-    """Rows `first` to `last`."""
-    rows, channels, group, chunk, per = at(f, 5), at(f, 6), at(f, 15), at(f, 16), at(f, 25)
+def _item(f: Any, first: Any, last: Any, room: Any, words: Any, scales: Any, sums: Any) -> Any:
+    """Rows `first` to `last` with the vectors' integers, factors and sums; `room` is scratch."""
+    rows, channels, group, chunk, per = at(f, 5), at(f, 6), at(f, 15), at(f, 16), at(f, 22)
     integers, chunks, groups = at(f, 7) * per, channels // chunk, channels // group
     half, each = np.float32(1 << (at(f, 17) - 1)), group // chunk
-    steps = found + 4 * 8
+    found, steps = room, room + 4 * 8
+    lows = steps + 4 * groups
+    factors = lows + 4 * groups
     for r in range(first, last):
         jit.widen(at(f, 11) + r * at(f, 12), at(f, 18), groups, steps)
         if at(f, 19) == OFFSET:
@@ -215,18 +238,18 @@ def _item(f: Any, first: Any, last: Any, factors: Any, lows: Any, found: Any) ->
         while begin < integers:
             together = 4 if integers - begin >= 4 else 2 if integers - begin >= 2 else 1
             for n in range(together):
-                line = at(f, 22) + 4 * (begin + n) * chunks
+                line = scales + 4 * (begin + n) * chunks
                 _scale(steps, line, groups, each, factors + 4 * n * chunks)
-            key = at(f, 17) * 16 + (8 if at(f, 20) > LANES else 0) + together
-            source, x = at(f, 9) + r * at(f, 10), at(f, 21) + 2 * begin * channels
+            key = at(f, 17) * 16 + (8 if at(f, 20) > 1 else 0) + together
+            source, x = at(f, 9) + r * at(f, 10), words + 2 * begin * channels
             _row(source, x, channels, factors, chunks, chunk, found, key)
             for n in range(together):
-                vector, place = (begin + n) // per, at(f, 24) + 4 * ((begin + n) // per * rows + r)
+                vector, place = (begin + n) // per, at(f, 23) + 4 * ((begin + n) // per * rows + r)
                 total = jit.read_float(found + 4 * n)
                 if (begin + n) % per:
                     total += jit.read_float(place)
                 else:
-                    total += vectors.product(lows, at(f, 23) + 4 * vector * groups, groups)
+                    total += vectors.product(lows, sums + 4 * vector * groups, groups)
                 jit.write_float(place, total)
             begin += together
 
@@ -234,24 +257,29 @@ def _item(f: Any, first: Any, last: Any, factors: Any, lows: Any, found: Any) ->
 @device
 def _work(f: Any) -> Any:
     """Take items of rows until none is left."""
-    chunks = at(f, 6) // at(f, 16)
-    found = at(f, 3) + jit.add_to(f + 16, 1) * at(f, 4)
-    factors = found + 4 * (8 + chunks)
-    lows = factors + 4 * 4 * chunks
+    channels, count = at(f, 6), at(f, 7) * at(f, 22)
+    chunks, groups = channels // at(f, 16), channels // at(f, 15)
+    words = at(f, 3) + jit.add_to(f + 16, 1) * at(f, 4)
+    scales = words + 2 * count * channels
+    sums = scales + 4 * count * chunks
+    room = sums + 4 * at(f, 7) * groups
+    _round_vectors(f, words, scales, sums, room)
     while True:
         item = jit.add_to(f, 1)
         if item >= at(f, 1):
             break
         first = item * at(f, 8)
-        _item(f, first, min(at(f, 5), first + at(f, 8)), factors, lows, found)
+        _item(f, first, min(at(f, 5), first + at(f, 8)), room, words, scales, sums)
 
 
-def scratch_bytes(chunks: int) -> int:
-    """Scratch of a thread: results, steps, factors of four vectors, lows."""
-    return 4 * (8 + 6 * chunks)
+def scratch_bytes(channels: int, count: int, per: int, chunk: int, group: int) -> int:
+    """Scratch of a thread: integers, factors and sums of the vectors; results, grid, factors of a row."""
+    chunks, groups = channels // chunk, channels // group
+    vectors = 2 * count * per * channels + 4 * count * per * chunks + 4 * count * groups
+    return vectors + 4 * max(chunk, 8 + 2 * groups + TOGETHER[-1] * chunks)
 
 
-@functools.cache
+@jit.built_once
 def entry() -> Any:
     """The products, for the pool."""
     stamp = jit.stamp()
@@ -260,18 +288,5 @@ def entry() -> Any:
     def run(pointer: Any) -> None:
         if stamp:
             _work(jit.address_of(pointer))
-
-    return run
-
-
-@functools.cache
-def rounding_entry() -> Any:
-    """The rounding of the vectors, for one thread."""
-    stamp = jit.stamp()
-
-    @cfunc(ENTRY, cache=True)
-    def run(pointer: Any) -> None:
-        if stamp:
-            _round_vectors(jit.address_of(pointer))
 
     return run

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,24 @@ device = numba.njit(nogil=True, error_model="numpy")
 
 Without fast mathematics: decoded numbers equal those of `kvpack.ops` bit for bit. Sums are reordered
 where the vector code says so."""
+
+
+_BUILDING = threading.RLock()
+
+
+def built_once(build: Callable[[], Any]) -> Callable[[], Any]:
+    """`build`, called at most once, by one thread while others wait: compiling takes seconds."""
+    held: list[Any] = []
+
+    @functools.wraps(build)
+    def get() -> Any:
+        if not held:
+            with _BUILDING:
+                if not held:
+                    held.append(build())
+        return held[0]
+
+    return get
 
 
 @functools.cache
@@ -136,10 +156,16 @@ def address_of(typing: Any, pointer: Any) -> Any:
     return types.int64(types.voidptr), generate
 
 
-@device
-def at(frame: Any, index: Any) -> Any:
+@intrinsic
+def at(typing: Any, frame: Any, index: Any) -> Any:
     """A number of a frame."""
-    return read_integer(frame + 8 * index)
+
+    # No function of its own: numba would compile one for every index that is a constant.
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        frame, index = arguments
+        return builder.load(_place(builder, builder.add(frame, builder.mul(index, I64(8))), I64))
+
+    return types.int64(ADDRESS, types.int64), generate
 
 
 @device

@@ -198,6 +198,29 @@ def _pairwise(builder: Any, a: Any, b: Any | None) -> Any:
     return builder.fadd(builder.shuffle_vector(a, other, even), builder.shuffle_vector(a, other, odd))
 
 
+@intrinsic
+def peak_and_sum(typing: Any, row: Any, count: Any, out: Any) -> Any:
+    """Write the largest magnitude and the sum of `count` numbers, a multiple of 16, to `out`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        row, count, out = arguments
+
+        def step(at: Any, held: list[Any]) -> list[Any]:
+            numbers = load(builder, builder.add(row, builder.mul(at, I64(4))), FLOATS)
+            size = call(builder, f"llvm.fabs.v{LANES}f32", FLOATS, [numbers])
+            larger = builder.select(builder.fcmp_ordered(">", size, held[0]), size, held[0])
+            return [larger, builder.fadd(held[1], numbers)]
+
+        nothing = ir.Constant(FLOATS, [0.0] * LANES)
+        peaks, sums = loop(builder, count, LANES, [nothing, nothing], step)
+        peak = call(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", F32, [peaks])
+        store(builder, peak, out)
+        store(builder, total(builder, sums), builder.add(out, I64(4)))
+        return context.get_dummy_value()
+
+    return types.void(ADDRESS, types.int64, ADDRESS), generate
+
+
 @device
 def product(a: Any, b: Any, count: Any) -> Any:
     """The product of two rows of any length."""
