@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from kvpack.core import weight_code
 from kvpack.core.errors import UsageError
 from kvpack.core.packed_bytes import PackedBytes, unpack
 from kvpack.core.roles import Codec, Transform
-from kvpack.core.types import TensorSpec
+from kvpack.core.types import Payload, State, TensorSpec
 from kvpack.runtime import linear_paths
 
 PIECE_NUMBERS = 1 << 22
@@ -49,6 +49,7 @@ class PackedTensors(nn.Module):
     packed: PackedWeight
     label: str
     lent: dict[str, Tensor] | None
+    _learned: frozenset[str]
     _owner: tuple[PackedTensors, ...]
 
     def hold(self, weight: PackedWeight, device: torch.device | str | None) -> None:
@@ -58,6 +59,7 @@ class PackedTensors(nn.Module):
             UsageError: a stored tensor has the name of something that the module has already.
         """
         self.packed, self._owner, self.lent, self.label = weight, (), None, ""
+        self._learned = frozenset(weight.codec.state_spec((1, *weight.shape)))
         for name, spec in weight.tensors.items():
             if name == "bias" or hasattr(self, name):
                 raise UsageError(
@@ -72,6 +74,7 @@ class PackedTensors(nn.Module):
         """Compute with the tensors of another module: state dicts and memory have them once."""
         # In a tuple, because a registered submodule would be stored a second time.
         self.packed, self._owner = replace(owner.packed, tensors={}), (owner,)
+        self._learned = owner._learned
         self.lent, self.label = None, ""
 
     @property
@@ -98,8 +101,8 @@ class PackedTensors(nn.Module):
         Raises:
             ArtifactError: a block is damaged; names the tensor.
         """
-        blobs = self.blobs
-        held = {name: self.get_buffer(name) for name in self.packed.tensors}
+        blobs, buffers = self.blobs, self._buffers
+        held = {name: cast(Tensor, buffers[name]) for name in self.packed.tensors}
         return {n: unpack(t, blobs[n], f"{self.label}.{n}") if n in blobs else t for n, t in held.items()}
 
     def keep_unpacked(self) -> None:
@@ -117,22 +120,25 @@ class PackedTensors(nn.Module):
 
     def products_of_codes(self, x: Tensor) -> Tensor:
         """``x W^T`` [N, R] of rows `x` [N, C], computed on the codes."""
-        found = weight_code.solution(self.packed.codec, self.stored, self.packed.shape)
-        return self.packed.codec.scores(x, found.payload, found.state).to(x.dtype)
+        payload, state = self._coded()
+        return self.packed.codec.scores(x, payload, state).to(x.dtype)
+
+    def _coded(self) -> tuple[Payload, State]:
+        """What is stored, as the codec knows it."""
+        stored, learned = self.stored, self._learned
+        payload = {name: tensor for name, tensor in stored.items() if name not in learned}
+        return Payload(payload, self.packed.shape), {name: stored[name] for name in learned}
 
     def products_of_decoded(self, x: Tensor) -> Tensor:
         """``x W^T`` [N, R] of rows `x` [N, C]; the weight is decoded some rows at a time."""
         codec, (rows, channels) = self.packed.codec, self.packed.shape
-        found, dtype = (
-            weight_code.solution(codec, self.stored, self.packed.shape),
-            linear_paths.dense_dtype(x),
-        )
+        (payload, state), dtype = self._coded(), linear_paths.dense_dtype(x)
         numbers, out = x.to(dtype), x.new_empty((len(x), rows))
         step = max(1, PIECE_NUMBERS // channels // codec.token_block) * codec.token_block
         for start in range(0, rows, step):
             stop = min(rows, start + step)
-            piece = found.payload if stop - start == rows else found.payload.rows(start, stop)
-            weight = codec.decode(piece, found.state, dtype)
+            piece = payload if stop - start == rows else payload.rows(start, stop)
+            weight = codec.decode(piece, state, dtype)
             out[:, start:stop] = functional.linear(numbers, weight)
         return out
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -29,8 +32,14 @@ def fits(x: AffineCodes) -> bool:
 
 def scores(query: Tensor, x: AffineCodes) -> Tensor:
     """See `kvpack.ops.packed_affine.scores`."""
-    if _in_integers(query, x):
-        return _integer_products(query, x)
+    rows = _integer_rows(x)
+    if rows is not None:
+        return _integer_products(query, x, rows)
+    whole = x.channels // x.group * x.group
+    head = _columns(x, 0, whole)
+    if whole < x.channels and (rows := _integer_rows(head)) is not None:
+        found = _integer_products(query[..., :whole], head, rows)
+        return found + scores(query[..., whole:], _columns(x, whole, x.channels))
     query = query.float().contiguous()
     out = query.new_empty((*query.shape[:-1], x.tokens))
     _run(affine_rows.SCORES, x, _tokens_per_item(x), query, out)
@@ -54,36 +63,72 @@ def dense(x: AffineCodes, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _chunk(x: AffineCodes) -> int:
-    """Channels that are multiplied in integers at a time, a divisor of the group; 0 if there is none."""
-    if x.axis != "channel" or x.channels % x.group:
-        return 0
-    return next((n for n in range(_MOST_CHANNELS, 0, -codes.LANES) if x.group % n == 0), 0)
+def _columns(x: AffineCodes, start: int, stop: int) -> AffineCodes:
+    """The channels from `start`, the begin of a group, to `stop`; views. Groups along tokens stay as they are."""
+    if x.axis != "channel" or start == 0 and stop == x.channels or start * x.bits % 8:
+        return x
+    first, last = start // x.group, -(-stop // x.group)
+    zero = None if x.zero is None else x.zero[..., first:last]
+    codes = x.codes[..., start * x.bits // 8 : -(-stop * x.bits // 8)]
+    return x._replace(codes=codes, scale=x.scale[..., first:last], zero=zero, channels=stop - start, size=x.group)
 
 
-def _in_integers(query: Tensor, x: AffineCodes) -> bool:
-    """Whether rows are long and many enough, as those of weights are, for rounding the vectors to pay."""
-    return x.outer == 1 and x.channels >= 2 * _MOST_CHANNELS and x.tokens >= _MANY_ROWS and _chunk(x) > 0
+class _Rows(NamedTuple):
+    """How the rows of a weight are multiplied in integers, whatever the vectors are."""
+
+    chunk: int
+    fields: int
+    per_item: int
+    scales: int
+    zeros: int
 
 
-def _integer_products(query: Tensor, x: AffineCodes) -> Tensor:
+@functools.lru_cache(maxsize=256)
+def _rows(
+    bits: int,
+    group: int,
+    channels: int,
+    rows: int,
+    scale: torch.dtype,
+    zero: torch.dtype | None,
+    threads: int,
+) -> _Rows | None:
+    """None where rows are too short or too few for rounding the vectors to pay, or groups do not fit."""
+    if channels < 2 * _MOST_CHANNELS or rows < _MANY_ROWS or channels % group:
+        return None
+    chunk = next((n for n in range(_MOST_CHANNELS, 0, -codes.LANES) if group % n == 0), 0)
+    if not chunk:
+        return None
+    zeros = affine_rows.CENTRED
+    if zero is not None:
+        zeros = affine_rows.OFFSET if zero.is_floating_point else affine_rows.CENTRED_INTEGER
+    fields, per_item = codes.field_span(bits, chunk) // codes.LANES, max(16, min(128, rows // (8 * threads)))
+    return _Rows(chunk, fields, per_item, _KINDS[scale], zeros)
+
+
+def _integer_rows(x: AffineCodes) -> _Rows | None:
+    if x.axis != "channel" or x.outer != 1:
+        return None
+    zero = None if x.zero is None else x.zero.dtype
+    return _rows(x.bits, x.group, x.channels, x.tokens, x.scale.dtype, zero, pool.threads())
+
+
+def _integer_products(query: Tensor, x: AffineCodes, rows: _Rows) -> Tensor:
     """`scores` of one outer index by `integer_rows`."""
-    per = 2 if query.dtype in (torch.float32, torch.float64) else 1
+    per = 2 if query.dtype == torch.float32 else 1
     vectors = query.reshape(-1, x.channels).float().contiguous()
-    count, chunk = len(vectors), _chunk(x)
-    out = torch.empty((*query.shape[:-1], x.tokens))
-    per_item = max(16, min(128, x.tokens // (8 * pool.threads())))
-    zero = _zero(x)
+    count, channels, group, tokens = vectors.shape[0], x.channels, x.group, x.tokens
+    out = torch.empty((*query.shape[:-1], tokens))
+    zero = x.scale if x.zero is None else x.zero
     pool.run(
         integer_rows.entry(),
-        -(-x.tokens // per_item),
-        integer_rows.scratch_bytes(x.channels, count, per, chunk, x.group),
-        *(x.tokens, x.channels, count, per_item),
-        *(x.codes.data_ptr(), x.codes.stride(-2)),
+        -(-tokens // rows.per_item),
+        integer_rows.scratch_bytes(channels, count, per, rows.chunk, group),
+        *(tokens, channels, count, rows.per_item, x.codes.data_ptr(), x.codes.stride(-2)),
         *(x.scale.data_ptr(), x.scale.stride(-2) * x.scale.element_size()),
         *(zero.data_ptr(), zero.stride(-2) * zero.element_size()),
-        *(x.group, chunk, x.bits, _KINDS[x.scale.dtype], _zeros(x)),
-        *(codes.field_span(x.bits, chunk) // codes.LANES, vectors.data_ptr(), per, out.data_ptr()),
+        *(group, rows.chunk, x.bits, rows.scales, rows.zeros, rows.fields),
+        *(vectors.data_ptr(), per, out.data_ptr()),
     )
     return out
 
