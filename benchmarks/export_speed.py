@@ -63,7 +63,7 @@ GPTQ_STAGES = {
     "embed": "kvpack.calibrate.sequential:Sweep._embed",
     "load block": "kvpack.models.view:ModelView.load_block",
     "forward for statistics": "kvpack.calibrate.sequential:Sweep._pass",
-    "gram": "kvpack.calibrate.stats:Accumulator.update",
+    "gram": "kvpack.calibrate.stats:Gram.update",
     "factorise": "kvpack.ops.gptq:inverse_factor",
     "sweep": "kvpack.ops.gptq:solve",
     "output error": "kvpack.calibrate.solve:_energy",
@@ -172,8 +172,10 @@ def write_source(folder: Path, shape: Shape) -> int:
         "model.norm.weight": torch.ones(shape.hidden, dtype=torch.bfloat16),
     }
     _save(folder, "model-outside.safetensors", outside, weight_map)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return size
 
 
 def _random(seed: int) -> Callable[..., torch.Tensor]:

@@ -15,7 +15,7 @@ from kvpack.artifact.manifest import Manifest
 from kvpack.core.access import CLOSED, Access
 from kvpack.core.errors import KvpackError, UsageError
 from kvpack.core.memory import return_large_blocks
-from kvpack.core.progress import SILENT, Progress
+from kvpack.core.progress import SILENT, Progress, paced
 from kvpack.model_card import model_card
 from kvpack.recipe.plan import Plan
 
@@ -273,10 +273,12 @@ def _write(
     packing = Packing(plan, calibration)
     specs = plan.artifact_tensors()
     writer.begin_weights(specs, shard_bytes, plan.recipe.recipe.storage, plan.packed_tensors())
+    tell, source, read = paced(progress, "export", len(specs), "MB/s of source"), plan.source_bytes(), 0.0
     for done, (name, tensor) in enumerate(packing.tensors()):
-        progress("export", done, len(specs), name)
+        tell(done, read, name)
         writer.write_tensor(name, tensor)
-    progress("export", len(specs), len(specs))
+        read += source.get(name, 0) / 1e6
+    tell(len(specs), read)
     writer.write_kv_state(plan.kv_state_tensors(), packing.kv_states())
     writer.write_json("config.json", config_of(plan))
     for name, path in sidecar_files(plan.model.path).items():

@@ -21,12 +21,22 @@ GIVEN: tuple[Stream, ...] = ("projection", "rope", "consumers")
 """What is known of a layer without a pass over the data."""
 
 
+class _AllSeen(Exception):
+    """Every layer has shown its input: what a batch would still compute, nobody looks at."""
+
+
 class InputStats:
     """Statistics of the inputs of linear layers.
 
     Layers that are given the very same tensor (query, key and value projections) share their
     accumulators.
+
+    Whoever throws the outputs of a pass away sets `stop`: from the second batch on a batch then ends
+    as soon as every layer was seen, unless the first one has shown that a batch may call a layer
+    twice, or not at all.
     """
+
+    stop = False
 
     def __init__(self, wanted: Mapping[str, frozenset[Stat]]) -> None:
         self.wanted = {name: stats for name, stats in wanted.items() if stats}
@@ -34,27 +44,43 @@ class InputStats:
         self._found: dict[tuple[str, str], Accumulator] = {}
         self._inputs: list[tuple[Tensor, str]] = []
         self._updated: set[tuple[str, str]] = set()
+        self._calls: list[str] = []
+        self._latest: tuple[str, dict[str, State]] = ("", {})
+        self._regular: bool | None = None
 
     @contextmanager
     def attached(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
         """Watch the layers while one batch runs."""
-        self._inputs, self._updated = [], set()
+        self._inputs, self._updated, self._calls, self._latest = [], set(), [], ("", {})
         handles = [
             modules[name].register_forward_pre_hook(lambda m, args, name=name: self._see(name, args))
             for name in self.wanted
         ]
         try:
             yield
+            if self._regular is None:
+                self._regular = sorted(self._calls) == sorted(self.wanted)
+        except _AllSeen:
+            pass
         finally:
             for handle in handles:
                 handle.remove()
             self._inputs = []
 
     def of(self, linear: str) -> dict[str, State]:
-        """Finished statistics of a layer's input, by kind; empty when it wants none or never ran."""
+        """Finished statistics of a layer's input, by kind; empty when it wants none or never ran.
+
+        Those that were asked for last are at hand for other layers that are given the same tensor.
+        """
         leader = self.leader(linear)
+        if self._latest[0] != leader:
+            self._latest = (leader, {})
+        states, found = self._latest[1], self._found
         kinds = sorted(s.kind for s in self.wanted.get(linear, ()) if s.of == "input")
-        return {k: self._found[leader, k].state() for k in kinds if (leader, k) in self._found}
+        for kind in kinds:
+            if kind not in states and (leader, kind) in found:
+                states[kind] = found[leader, kind].state()
+        return {kind: states[kind] for kind in kinds if kind in states}
 
     def leader(self, linear: str) -> str:
         """The first of the layers that are given the same tensor; empty when this one never ran."""
@@ -73,6 +99,9 @@ class InputStats:
                 self._updated.add(key)
                 found = self._found.setdefault(key, accumulator(stat.kind))
                 found.update(x.detach().reshape(1, 1, -1, x.shape[-1]))
+        self._calls.append(name)
+        if self.stop and self._regular and len(self._calls) == len(self.wanted):
+            raise _AllSeen
 
 
 class Chain:

@@ -22,12 +22,12 @@ from kvpack.calibrate.data import Samples
 from kvpack.calibrate.gradients import Gradients, gradients_for
 from kvpack.calibrate.hooks import Recording, finish, prepared, record, run_block
 from kvpack.calibrate.identity import identity
-from kvpack.calibrate.solve import solve, stats_for
+from kvpack.calibrate.solve import solve_all
 from kvpack.calibrate.sparsity import SparseBlock
 from kvpack.calibrate.store import Calibration
 from kvpack.calibrate.writer import CalibrationWriter
-from kvpack.core.errors import KvpackError, SourceError, UsageError
-from kvpack.core.progress import SILENT, Progress
+from kvpack.core.errors import SourceError, UsageError
+from kvpack.core.progress import SILENT, Progress, paced
 from kvpack.folding import Folding, fitted_without_data, learned
 from kvpack.models.attention_interface import observe
 from kvpack.models.fold import fold_names
@@ -126,12 +126,13 @@ class Sweep:
         layers = [x for x in range(len(self.view.blocks)) if wanted or self._needed(x)]
         last = max(layers, default=-1)
         self.hidden = self._embed()
+        tell = paced(self.progress, "calibrate", last + 1, "tokens/s through a block")
         for layer in range(last + 1):
-            self.progress("calibrate", layer, last + 1, f"block {layer}")
+            tell(layer, layer * self.tokens.numel(), f"block {layer}")
             self._block(layer, onward=layer < last or wanted)
         if wanted:
             self._head(outside)
-        self.progress("calibrate", last + 1, last + 1)
+        tell(last + 1, (last + 1) * self.tokens.numel())
 
     def _needed(self, layer: int) -> bool:
         if any(change.layer == layer and learned(change) for change in self.plan.basis):
@@ -206,6 +207,7 @@ class Sweep:
     def _pass(self, layer: int, chains: Mapping[str, Chain], inputs: InputStats, *, keep: bool) -> None:
         """Run every sample through a block; with `keep` its outputs replace the hidden states."""
         modules = {name: self.view.module(name) for name in inputs.wanted}
+        inputs.stop = not keep and not any(chain.passes for chain in chains.values())
 
         def seen(key: Tensor, value: Tensor) -> None:
             if chains:
@@ -267,12 +269,8 @@ class Sweep:
     def _solve(self, weights: Mapping[str, WeightPlan], inputs: InputStats) -> None:
         """Replace every packed weight by its approximation; keep the codes that needed data."""
         sources = {n: self.view.module(n).get_parameter("weight").float() for n in weights}
-        for name, weight in weights.items():
-            stats = stats_for(name, inputs, weights, sources)
-            if inputs.wanted.get(name) and not stats:
-                raise KvpackError(f"{name} was never used by its block", hint="keep it out of the recipe")
-            solved = solve(weight, sources[name], stats, self.view.dtype)
-            if weight.solver.requires():
+        for name, solved in solve_all(weights, sources, inputs, self.view.dtype):
+            if weights[name].solver.requires():
                 self.writer.add_payload(name, solved)
             self.view.fill({f"{name}.weight": solved.approximation})
 

@@ -66,15 +66,23 @@ class Gram(Accumulator):
     """Sum of x^T x over tokens, float32 [C, C]: what GPTQ calls half the Hessian."""
 
     kind, name = "gram", "gram"
-    STEP: ClassVar[int] = 512
+    STEP: ClassVar[int] = 256
+
+    def update(self, x: Tensor) -> None:
+        """Add x^T x where the total is."""
+        self.count += x.shape[0] * x.shape[2]
+        self._total = self._added(x, self._total)
 
     def measure(self, x: Tensor) -> Tensor:
         """x^T x, of which only the upper triangle is right: half the work where there are many channels."""
+        return self._added(x, None)
+
+    def _added(self, x: Tensor, total: Tensor | None) -> Tensor:
         flat = x.reshape(-1, x.shape[-1]).float()
-        total = flat.new_zeros(flat.shape[1], flat.shape[1])
+        total = flat.new_zeros(flat.shape[1], flat.shape[1]) if total is None else total
         for start in range(0, flat.shape[1], self.STEP):
             part = slice(start, start + self.STEP)
-            torch.mm(flat[:, part].T, flat[:, start:], out=total[part, start:])
+            total[part, start:].addmm_(flat[:, part].T, flat[:, start:])
         return total
 
     def combine(self, total: Tensor, part: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from kvpack.core.ahead import in_order
 from kvpack.core.errors import SourceError
 from kvpack.core.model_spec import ModelSpec
-from kvpack.core.progress import SILENT, Progress
+from kvpack.core.progress import SILENT, Progress, paced
 from kvpack.core.safetensors_header import read_header
 
 CHUNK_BYTES = 1 << 20
@@ -31,10 +31,12 @@ def scan(spec: ModelSpec, progress: Progress = SILENT) -> dict[str, str]:
     """
     hashes: dict[str, str] = {}
     found = in_order(partial(_scan_file, spec, spec.path / file) for file in spec.files)
+    tell, read = paced(progress, "check", len(spec.files), "MB/s"), 0.0
     for done, file in enumerate(spec.files):
-        progress("check", done, len(spec.files), file)
+        tell(done, read, file)
         hashes[file] = next(found)
-    progress("check", len(spec.files), len(spec.files))
+        read += (spec.path / file).stat().st_size / 1e6
+    tell(len(spec.files), read)
     return hashes
 
 

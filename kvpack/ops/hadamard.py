@@ -32,14 +32,13 @@ def transform(x: Tensor, *, inverse: bool = False) -> Tensor:
     """
     n = x.shape[-1]
     order, power = _factors(n)
-    y = x.float()
+    # With the vectors as columns every step works on long contiguous runs.
+    columns = x.float().reshape(-1, n).T.clone(memory_format=torch.contiguous_format)
     if order > 1:
-        base = _base(order).to(y.device)
-        # y[a, j] = sum_b H[a, b] x[b, j], as a product with rows on the left.
-        rows = torch.unflatten(y, -1, (order, power)).transpose(-1, -2).double()
-        y = (rows @ (base if inverse else base.T)).float().transpose(-1, -2).flatten(-2)
-    y = _sylvester(torch.unflatten(y, -1, (order, power))).flatten(-2)
-    return y * (1 / math.sqrt(power))
+        base = _base(order).to(x.device)
+        columns = ((base.T if inverse else base) @ columns.view(order, -1).double()).float()
+    columns = _sylvester(columns.view(order, power, -1)).view(n, -1)
+    return columns.T.mul(1 / math.sqrt(power)).reshape(x.shape)
 
 
 def matrix(n: int) -> Tensor:
@@ -51,20 +50,18 @@ def matrix(n: int) -> Tensor:
     return torch.kron(_base(order), sylvester / math.sqrt(power))
 
 
-def _sylvester(x: Tensor) -> Tensor:
-    """Unscaled Walsh-Hadamard transform of the last axis, a power of two, in log2(n) passes."""
-    n = x.shape[-1]
-    # With the vectors as columns every pass adds long contiguous runs.
-    columns = x.reshape(-1, n).T.clone(memory_format=torch.contiguous_format)
+def _sylvester(columns: Tensor) -> Tensor:
+    """Unscaled Walsh-Hadamard transform of the middle axis [m, n, N], in log2(n) passes over `columns`."""
+    order, n, _ = columns.shape
     half = n // 2
     while half:
-        pairs = columns.view(n // (2 * half), 2, -1)
+        pairs = columns.view(order * n // (2 * half), 2, -1)
         upper, lower = pairs[:, 0], pairs[:, 1]
         difference = upper - lower
         upper.add_(lower)
         lower.copy_(difference)
         half //= 2
-    return columns.T.reshape(x.shape)
+    return columns
 
 
 def _factors(n: int) -> tuple[int, int]:

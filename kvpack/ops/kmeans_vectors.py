@@ -15,7 +15,8 @@ WEIGHTED_STEPS = 25
 MOST_POINTS = 256
 """Points per centre that weighted k-means looks at."""
 TOLERANCE = 1e-4
-"""Lloyd's steps end when one lowers the mean squared distance by no more than this share of it."""
+"""Lloyd's steps end when one lowers the mean squared distance by no more than this share of it, or
+when no point changes its centre."""
 
 
 def fit(points: Tensor, count: int, *, seed: int = 0, steps: int = MOST_STEPS) -> Tensor:
@@ -36,13 +37,13 @@ def fit(points: Tensor, count: int, *, seed: int = 0, steps: int = MOST_STEPS) -
     """
     points = points.float()
     centres = _seeded(points, count, torch.Generator().manual_seed(seed))
-    before = torch.inf
+    before, own = torch.inf, None
     for _ in range(steps):
         places, distances = assign(points, centres)
         cost = float(distances.double().mean())
-        if before - cost <= TOLERANCE * cost:
+        if before - cost <= TOLERANCE * cost or (own is not None and torch.equal(places, own)):
             break
-        before = cost
+        before, own = cost, places
         centres = _means(points, places, distances, centres)
     return centres
 
@@ -71,14 +72,15 @@ def fit_weighted(points: Tensor, heavy: Tensor, channels: Tensor, count: int, *,
         points, heavy = points[:, drawn], heavy[:, drawn]
     root, flat = channels.sqrt().unsqueeze(1), points.flatten(0, 1)
     shares = (heavy.unsqueeze(-1) * channels.unsqueeze(1)).flatten(0, 1)
+    stretched, own = points * root, None
     centres, before = _seeded(flat, count, generator), torch.inf
     for _ in range(WEIGHTED_STEPS):
-        places, distances = assign(points * root, centres * root)
+        places, distances = assign(stretched, centres * root)
         errors = (distances * heavy).flatten()
         cost = float(errors.double().mean())
-        if before - cost <= TOLERANCE * cost:
+        if before - cost <= TOLERANCE * cost or (own is not None and torch.equal(places, own)):
             break
-        before = cost
+        before, own = cost, places
         centres = _weighted_means(flat, shares, places.flatten(), errors, centres)
     return centres
 

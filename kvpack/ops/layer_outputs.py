@@ -9,16 +9,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+STRIPE = 256
+"""Columns of the Gram matrix that are read together; what is left of its diagonal blocks counts twice."""
+
 
 def energies(weight: Tensor, gram: Tensor) -> Tensor:
-    """Sum over tokens of y_r^2 for every output r, float64 [R].
+    """Sum over tokens of y_r^2 for every output r, float64 [R]; reads half of the matrix.
 
     Args:
         weight: float32 [R, C].
-        gram: sum of x x^T [C, C].
+        gram: sum of x x^T [C, C], symmetric.
     """
     weight = weight.to(gram.dtype)
-    return ((weight @ gram) * weight).sum(-1, dtype=torch.float64).clamp(min=0)
+    total = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+    for start in range(0, gram.shape[0], STRIPE):
+        here, stripe = weight[:, start : start + STRIPE], gram[:, start : start + STRIPE]
+        seen = here @ stripe[start : start + STRIPE]
+        seen.addmm_(weight[:, :start], stripe[:start], alpha=2)
+        total += seen.mul_(here).sum(-1, dtype=torch.float64)
+    return total.clamp_(min=0)
 
 
 def moments(weight: Tensor, gram: Tensor, total: Tensor, count: int) -> tuple[Tensor, Tensor]:

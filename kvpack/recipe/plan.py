@@ -85,6 +85,14 @@ class Plan:
 
         return {name: tensors[name] for name in sorted(tensors, key=order)}
 
+    def source_bytes(self) -> dict[str, int]:
+        """Bytes of the source that tensors of the artifact stand for; one of a packed layer does for all."""
+        found = {name: spec.nbytes for name, spec in self.copied.items()}
+        for name, weight in self.weights.items():
+            stored = self.model.tied.get(weight.linear.weight, weight.linear.weight)
+            found[f"{name}.{max(weight.tensors)}"] = self.model.tensors[stored].nbytes
+        return found
+
     def packed_tensors(self) -> list[str]:
         """Names of the tensors of packed layers: those that lossless coding is for."""
         return [f"{name}.{part}" for name, weight in self.weights.items() for part in weight.tensors]

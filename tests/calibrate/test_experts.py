@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from kvpack.calibrate import sequential
 from kvpack.calibrate.collect import InputStats
 from kvpack.calibrate.experts import FEWEST_TOKENS
-from kvpack.calibrate.solve import solve
+from kvpack.calibrate.solve import solve_all
 from kvpack.calibrate.store import Calibration
 from kvpack.core.types import Stat
 from kvpack.models.experts import Expert, Experts
@@ -42,12 +42,12 @@ class Done:
 def done(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Done:
     grams: dict[str, torch.Tensor] = {}
 
-    def spy(weight, matrix, stats, *rest):
-        grams[weight.linear.name] = stats["gram"]["gram"].clone()
-        return solve(weight, matrix, stats, *rest)
+    def spy(weights, sources, inputs, dtype):
+        grams.update({name: inputs.of(name)["gram"]["gram"].clone() for name in weights})
+        return solve_all(weights, sources, inputs, dtype)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sequential, "solve", spy)
+        patch.setattr(sequential, "solve_all", spy)
         return Done(job.run(tmp_path_factory.mktemp("done") / "calibration"), grams)
 
 

@@ -180,7 +180,7 @@ def test_failures_leave_nothing_behind(job, tmp_path, checkpoint, monkeypatch):
         raise RuntimeError("stop")
 
     with monkeypatch.context() as patch:
-        patch.setattr("kvpack.calibrate.sequential.solve", broken)
+        patch.setattr("kvpack.calibrate.sequential.solve_all", broken)
         with pytest.raises(RuntimeError, match="stop"):
             job.run(tmp_path / "c")
     assert list(tmp_path.iterdir()) == []

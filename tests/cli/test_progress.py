@@ -7,6 +7,7 @@ import io
 from rich.console import Console
 
 from kvpack.cli.progress import Bars, Lines, Reporter, peak_memory_bytes, reporter
+from kvpack.core.progress import paced
 
 
 class Clock:
@@ -27,6 +28,20 @@ def test_lines_come_first_last_and_every_ten_seconds() -> None:
     shown = [line.split()[1].rstrip(",") for line in stream.getvalue().splitlines()]
     assert shown == ["0/100", *(f"{n}/100" for n in range(10, 101, 10))]
     assert "01:30 left" in stream.getvalue().splitlines()[1]
+
+
+def test_pace_is_the_mean_since_the_stage_began() -> None:
+    clock, told = Clock(), []
+    tell = paced(lambda *state: told.append(state), "export", 4, "MB/s", clock)
+    tell(0, 0.0, "first")
+    clock.now = 2.0
+    tell(1, 3000.0, "second")
+    tell(4, 3000.0)
+    assert told == [
+        ("export", 0, 4, "first"),
+        ("export", 1, 4, "second, 1,500 MB/s"),
+        ("export", 4, 4, "1,500 MB/s"),
+    ]
 
 
 def test_two_stages_have_their_own_pace() -> None:

@@ -6,10 +6,10 @@ import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvpack import ops
+from kvpack import kernels, ops
 from kvpack.core.errors import RecipeError
 from kvpack.core.measured import measured
-from kvpack.core.roles import Codec, Solver
+from kvpack.core.roles import Codec, GridCodec, Solver
 from kvpack.core.types import Solution, Stat, Stats
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ class Gptq(Solver):
         """The Gram matrix of the layer's inputs."""
         return frozenset({Stat("gram")})
 
+    def stacks(self, codec: Codec) -> bool:
+        """One factor and one sweep for all rows, wherever grids are fitted to rows alone."""
+        return isinstance(codec, GridCodec) and codec.token_block == 1
+
     def solve(self, weight: Tensor, codec: Codec, stats: Stats) -> Solution:
         """Encode `weight` [R, C].
 
@@ -62,7 +66,7 @@ class Gptq(Solver):
                 stacklevel=2,
             )
             return Solution(codec.encode(weight, {}))
-        codes, grid = ops.gptq.solve(
+        codes, grid = kernels.gptq.solve(
             weight.float(),
             upper,
             grids.group_size(channels),
@@ -71,5 +75,6 @@ class Gptq(Solver):
             grids.value,
             order=order,
             block=self.block,
+            even=grids.even,
         )
         return Solution(grids.assemble(codes, grid))
