@@ -103,6 +103,33 @@ class Payload:
         return 8 * self.nbytes / math.prod(self.shape)
 
 
+class CodedRows(NamedTuple):
+    """Rows [..., T, D] of codes that are looked up, as compiled loops read them.
+
+    `codes` uint8 [..., T, bytes] are bit streams. A row stores `width` numbers, one entry of `first` and
+    `second` [..., T, ceil(width/group)] for every `group` of them. `kind` tells what codes stand for:
+
+    - "even": integers on an affine grid, `first` its steps, `second` its zeros (None where symmetric).
+    - "mirrored": ``{-b, -a, a, b}``, a in `first` and b in `second`.
+    - "vectors": places in a codebook `second` float32 [groups, 2^bits, size], times a factor in `first`.
+
+    Where `of` is not 1, only `keep` of every `of` numbers are stored, the others are zero: `mask` uint8
+    [..., T, bytes] holds the numbers of the patterns (`kvpack.ops.masks`).
+    """
+
+    kind: str
+    codes: Tensor
+    bits: int
+    width: int
+    group: int
+    first: Tensor
+    second: Tensor | None
+    channels: int
+    mask: Tensor | None = None
+    keep: int = 1
+    of: int = 1
+
+
 class EvenGrid(NamedTuple):
     """A grid of evenly spaced numbers, one per row of one group, as compiled loops read it.
 

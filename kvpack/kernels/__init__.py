@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kvpack.kernels import affine as affine
     from kvpack.kernels import choice as choice
+    from kvpack.kernels import lookup as lookup
+    from kvpack.kernels import rows as rows
 
 
 def __getattr__(name: str) -> ModuleType:

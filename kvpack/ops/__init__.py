@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvpack.ops import block_float as block_float
     from kvpack.ops import byte_planes as byte_planes
     from kvpack.ops import channel_factors as channel_factors
+    from kvpack.ops import channel_order as channel_order
     from kvpack.ops import clip_search as clip_search
     from kvpack.ops import codebook as codebook
     from kvpack.ops import entropy as entropy
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from kvpack.ops import outlier_counts as outlier_counts
     from kvpack.ops import outliers as outliers
     from kvpack.ops import packed_affine as packed_affine
+    from kvpack.ops import packed_lookup as packed_lookup
     from kvpack.ops import query_metric as query_metric
     from kvpack.ops import rows as rows
     from kvpack.ops import saliency as saliency

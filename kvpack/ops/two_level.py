@@ -74,3 +74,17 @@ def value(codes: Tensor, grid: Grid, size: int) -> Tensor:
     split = affine.split(codes, "channel", size).float()
     low, step = (grid[n].float().unsqueeze(-1) for n in ("low", "step"))
     return affine.join(split * step + low, "channel", codes.shape[-1])
+
+
+def as_affine(grid: Grid, scale: Tensor) -> Grid:
+    """The affine grid with the same numbers: "scale" ``s0*s1`` and "zero" ``s0*z``, float32.
+
+    Exactly the same: s0 has 11 significant bits, s1 and q*s1 + z have 9 at most, so that no product and
+    no sum of these needs more than the 24 of float32.
+
+    Args:
+        grid: "step" and "low" [..., T, G].
+        scale: s0 [..., T, 1].
+    """
+    whole = scale.float()
+    return {"scale": grid["step"] * whole, "zero": grid["low"] * whole}

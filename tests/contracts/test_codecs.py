@@ -144,3 +144,34 @@ def test_groups_can_be_fitted_one_by_one(codec: GridCodec, channels: int) -> Non
         assert torch.equal(joined.view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
     first = {name: tensor[..., :1] for name, tensor in whole.items()}
     assert torch.equal(codec.snap(weight[:, :1], first), codec.snap(weight, whole)[:, :1])
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(("rows", "channels"), [(32, 80), (96, 360)])
+def test_products_are_those_of_a_linear_layer(codec: Codec, rows: int, channels: int) -> None:
+    weight = random(rows, channels)
+    state = fitted(codec, weight)
+    payload = codec.encode(weight, state)
+    dense = codec.decode(payload, state, torch.float32).double()
+    for count in (1, 3, 8):
+        x, weights = random(count, channels, seed=1), random(count, rows, seed=2)
+        for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 1e-3)):
+            for found, expected in (
+                (codec.scores(x.to(dtype), payload, state), x.to(dtype).double() @ dense.mT),
+                (codec.mix(weights.to(dtype), payload, state), weights.to(dtype).double() @ dense),
+            ):
+                assert (found.dtype, found.shape) == (torch.float32, expected.shape)
+                assert (found - expected).abs().max() <= bound * expected.abs().max()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_decode_the_bits_of_the_reference(
+    codec: Codec, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = plane(codec, channels=80)
+    state = fitted(codec, x)
+    payload = codec.encode(x, state)
+    found = codec.decode(payload, state, dtype)
+    monkeypatch.setenv("KVPACK_KERNELS", "reference")
+    assert torch.equal(found, codec.decode(payload, state, dtype))

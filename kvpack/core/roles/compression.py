@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from kvpack.core.errors import RecipeError
 from kvpack.core.roles.part import Part
-from kvpack.core.types import EvenGrid, Payload, Shape, Site, State, TensorSpec
+from kvpack.core.rows import Step, TokenRows
+from kvpack.core.types import CodedRows, EvenGrid, Payload, Shape, Site, State, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +74,13 @@ class Transform(Part, ABC):
         None where none of them is packed.
         """
         return self
+
+    in_rows: ClassVar[bool] = False
+    """``inverse`` works on every token alone, with its heads side by side, by the steps of `row_steps`."""
+
+    def row_steps(self, state: State, at: Site, channels: int) -> tuple[Step, ...]:
+        """What `inverse` does to a row, for an input of `forward` with heads of `channels` channels."""
+        raise NotImplementedError(f"{type(self).__name__} does not work in rows")
 
     @abstractmethod
     def forward(self, x: Tensor, state: State, at: Site) -> Tensor:
@@ -200,7 +208,20 @@ class Codec(Part, ABC):
     @property
     def reads_codes(self) -> bool:
         """Whether `scores` and `mix` compute on the codes, without holding decoded tokens."""
+        return self.in_rows
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether compiled loops can decode the tokens one after another, from `token_rows`."""
         return False
+
+    def token_rows(self, payload: Payload, state: State) -> TokenRows:
+        """The payload as compiled loops read it; see `in_rows`."""
+        raise NotImplementedError(f"{type(self).__name__} does not work in rows")
+
+    def coded_rows(self, payload: Payload, state: State) -> CodedRows | None:
+        """The payload as `kvpack.kernels.lookup` reads it; None where its codes are not looked up."""
+        return None
 
     def gridded(self, x: Tensor) -> GridCodec | None:
         """This codec with everything fixed that spans whole rows of `x` [..., T, D]; None if it has no grid.

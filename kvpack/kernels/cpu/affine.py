@@ -64,13 +64,15 @@ def dense(x: AffineCodes, dtype: torch.dtype) -> Tensor:
 
 
 def _columns(x: AffineCodes, start: int, stop: int) -> AffineCodes:
-    """The channels from `start`, the begin of a group, to `stop`; views. Groups along tokens stay as they are."""
-    if x.axis != "channel" or start == 0 and stop == x.channels or start * x.bits % 8:
+    """The channels from `start`, where a group begins, to `stop`, as views; all where groups are tokens."""
+    if x.axis != "channel" or stop - start == x.channels:
         return x
-    first, last = start // x.group, -(-stop // x.group)
-    zero = None if x.zero is None else x.zero[..., first:last]
+    groups = slice(start // x.group, -(-stop // x.group))
+    zero = None if x.zero is None else x.zero[..., groups]
     codes = x.codes[..., start * x.bits // 8 : -(-stop * x.bits // 8)]
-    return x._replace(codes=codes, scale=x.scale[..., first:last], zero=zero, channels=stop - start, size=x.group)
+    return x._replace(
+        codes=codes, scale=x.scale[..., groups], zero=zero, channels=stop - start, size=x.group
+    )
 
 
 class _Rows(NamedTuple):
@@ -153,6 +155,8 @@ def _run(mode: int, x: AffineCodes, per_item: int, source: Tensor | None, out: T
     if not out.numel() or not x.tokens:
         out.zero_()
         return
+    if x.axis == "channel":  # grids of several rows are read at once
+        x = x._replace(scale=_rows_together(x.scale), zero=None if x.zero is None else _rows_together(x.zero))
     items = -(-x.tokens // per_item)
     heads = x.codes.shape[-3] if x.codes.dim() > 2 else 1
     rows, address = (0, 0) if source is None else (source.shape[-2], source.data_ptr())
@@ -166,6 +170,11 @@ def _run(mode: int, x: AffineCodes, per_item: int, source: Tensor | None, out: T
         *(x.group, address, out.data_ptr()),
         *(mode, axis, x.bits, _KINDS[x.scale.dtype], _zeros(x), _KINDS[out.dtype]),
     )
+
+
+def _rows_together(tensor: Tensor) -> Tensor:
+    """A tensor whose rows lie one after another: itself, or a copy."""
+    return tensor if tensor.stride(-2) == tensor.shape[-1] else tensor.contiguous()
 
 
 def _place(tensor: Tensor) -> tuple[int, int, int, int]:

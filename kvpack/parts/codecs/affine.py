@@ -10,7 +10,8 @@ from kvpack.core.errors import RecipeError
 from kvpack.core.grouping import grid_shape
 from kvpack.core.lazy import torch
 from kvpack.core.roles import Codec, GridCodec
-from kvpack.core.types import EvenGrid, Group, Payload, Shape, State, TensorSpec
+from kvpack.core.rows import TokenRows
+from kvpack.core.types import CodedRows, EvenGrid, Group, Payload, Shape, State, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,9 +138,13 @@ class Affine(GridCodec):
         return kernels.affine.dense(self._packed(payload), dtype)
 
     @property
-    def reads_codes(self) -> bool:
+    def in_rows(self) -> bool:
         """Always."""
         return True
+
+    def token_rows(self, payload: Payload, state: State) -> TokenRows:
+        """The codes and their grid."""
+        return TokenRows(self._packed(payload))
 
     def scores(self, query: Tensor, payload: Payload, state: State) -> Tensor:
         """Products with the codes, a few rows at a time."""
@@ -148,6 +153,13 @@ class Affine(GridCodec):
     def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
         """Sums of the codes, a few rows at a time."""
         return kernels.affine.mix(weights, self._packed(payload))
+
+    def coded_rows(self, payload: Payload, state: State) -> CodedRows | None:
+        """Codes and grids, where groups are channels."""
+        if self.group.axis == "token":
+            return None
+        x = self._packed(payload)
+        return CodedRows("even", x.codes, x.bits, x.channels, x.group, x.scale, x.zero, x.channels)
 
     def _packed(self, payload: Payload) -> AffineCodes:
         codes, scale = payload.tensors["codes"], payload.tensors["scale"]

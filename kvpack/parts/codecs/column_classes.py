@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, cast
 
@@ -96,7 +97,7 @@ class ColumnClasses(ClassedCodec):
         """Channels in stored order, int64 [D]."""
         if "classes" not in state:
             return torch.arange(channels)
-        return ops.bits.unpack(state["classes"], 2, channels).argsort(stable=True)
+        return ops.channel_order.stored(state["classes"], channels)
 
     def join(self, payloads: Sequence[Payload]) -> Payload:
         """Lay the payloads of the classes side by side."""
@@ -136,17 +137,44 @@ class ColumnClasses(ClassedCodec):
 
     def decode(self, payload: Payload, state: State, dtype: torch.dtype) -> Tensor:
         """Decode every class and put the channels back into their places."""
+        parts = [codec.decode(part, {}, dtype) for codec, part in self._parts(payload)]
+        return self._placed(parts, state)
+
+    @property
+    def reads_codes(self) -> bool:
+        """Whether `codec` does."""
+        return self.codec.reads_codes
+
+    def scores(self, query: Tensor, payload: Payload, state: State) -> Tensor:
+        """Products with the classes, one after another."""
+        if "classes" in state:
+            order = ops.channel_order.stored(state["classes"], payload.shape[-1])
+            query = query.index_select(-1, order.to(query.device))
+        parts = self._parts(payload)
+        queries = torch.split(query, [part.shape[-1] for _, part in parts], -1)
+        found = [codec.scores(q, part, {}) for q, (codec, part) in zip(queries, parts, strict=True)]
+        return sum(found[1:], found[0])
+
+    def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
+        """Sums of the classes, put back into their places."""
+        return self._placed([codec.mix(weights, part, {}) for codec, part in self._parts(payload)], state)
+
+    def _parts(self, payload: Payload) -> list[tuple[GridCodec, Payload]]:
+        """The classes' codecs and payloads, which are views."""
         *outer, channels = payload.shape
-        ordered, used = [], dict.fromkeys(payload.tensors, 0)
-        for count, codec in self.classes(channels):
-            tensors = {}
-            for name, spec in codec.spec((*outer, count)).items():
-                tensors[name] = payload.tensors[name].narrow(-1, used[name], spec.shape[-1])
-                used[name] += spec.shape[-1]
-            ordered.append(codec.decode(Payload(tensors, (*outer, count)), {}, dtype))
-        together = torch.cat(ordered, -1)
-        places = self.order(state, channels).argsort().to(together.device)
-        return together[..., places]
+        found = []
+        for codec, count, places in _layout(self, channels):
+            tensors = {name: payload.tensors[name].narrow(-1, *place) for name, place in places}
+            found.append((codec, Payload(tensors, (*outer, count))))
+        return found
+
+    def _placed(self, parts: Sequence[Tensor], state: State) -> Tensor:
+        """Channels of the classes [..., n] in their own places [..., D]."""
+        together = torch.cat(list(parts), -1)
+        if "classes" not in state:
+            return together
+        places = ops.channel_order.places(state["classes"], together.shape[-1])
+        return together.index_select(-1, places.to(together.device))
 
     def _divided(self, *sizes: tuple[int, int]) -> tuple[tuple[int, GridCodec], ...]:
         """`codec` with the bits of each class that has channels."""
@@ -165,3 +193,18 @@ class ColumnClasses(ClassedCodec):
 def _row_bytes(classes: Sequence[tuple[int, GridCodec]]) -> int:
     """Stored bytes of one row."""
     return sum(spec.nbytes for count, codec in classes for spec in codec.spec((1, count)).values())
+
+
+@lru_cache(maxsize=256)
+def _layout(
+    codec: ColumnClasses, channels: int
+) -> tuple[tuple[GridCodec, int, tuple[tuple[str, tuple[int, int]], ...]], ...]:
+    """Codec and channels of every class, and where its part of each payload tensor starts, how long it is."""
+    found, used = [], dict[str, int]()
+    for count, own in codec.classes(channels):
+        places = []
+        for name, spec in own.spec((1, count)).items():
+            places.append((name, (used.get(name, 0), spec.shape[-1])))
+            used[name] = used.get(name, 0) + spec.shape[-1]
+        found.append((own, count, tuple(places)))
+    return tuple(found)

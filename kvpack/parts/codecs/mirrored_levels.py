@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvpack import ops
+from kvpack import kernels, ops
 from kvpack.core.roles import GridCodec
-from kvpack.core.types import Payload, Shape, State, TensorSpec
+from kvpack.core.types import CodedRows, Payload, Shape, State, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +64,24 @@ class MirroredLevels(GridCodec):
 
     def decode(self, payload: Payload, state: State, dtype: torch.dtype) -> Tensor:
         """The approximation in `dtype`."""
-        codes = ops.bits.unpack(payload.tensors["codes"], BITS, payload.shape[-1])
-        grid = {name: payload.tensors[name] for name in ("small", "large")}
-        return self.value(codes, grid).to(dtype)
+        return kernels.lookup.dense(self.coded_rows(payload, state), dtype)
+
+    def coded_rows(self, payload: Payload, state: State) -> CodedRows:
+        """Codes and the levels of their groups."""
+        codes, small, large = (payload.tensors[name] for name in ("codes", "small", "large"))
+        channels = payload.shape[-1]
+        group = self.group_size(channels)
+        return CodedRows("mirrored", codes, BITS, channels, group, small, large, channels)
+
+    @property
+    def reads_codes(self) -> bool:
+        """Always."""
+        return True
+
+    def scores(self, query: Tensor, payload: Payload, state: State) -> Tensor:
+        """Products with the levels, a few rows at a time."""
+        return kernels.lookup.scores(query, self.coded_rows(payload, state))
+
+    def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
+        """Sums of the levels, a few rows at a time."""
+        return kernels.lookup.mix(weights, self.coded_rows(payload, state))

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvpack import ops
+from kvpack import kernels, ops
 from kvpack.core.errors import RecipeError
 from kvpack.core.lazy import torch
 from kvpack.core.roles import Codec, MaskedCodec
-from kvpack.core.types import Payload, Shape, State, TensorSpec
+from kvpack.core.types import CodedRows, Payload, Shape, State, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,12 +89,38 @@ class NmSparse(MaskedCodec):
 
     def decode(self, payload: Payload, state: State, dtype: torch.dtype) -> Tensor:
         """What `codec` decodes to, between zeros."""
+        rows = self.coded_rows(payload, state)
+        if rows is not None:
+            return kernels.lookup.dense(rows, dtype)
+        values = self.codec.decode(self._kept(payload), {}, dtype)
+        mask, channels = payload.tensors["mask"], payload.shape[-1]
+        return ops.packed_lookup.opened(values, mask, self.keep, self.of, channels)
+
+    def coded_rows(self, payload: Payload, state: State) -> CodedRows | None:
+        """Those of `codec`, where it has any, and the masks."""
+        rows = self.codec.coded_rows(self._kept(payload), {})
+        if rows is None:
+            return None
+        mask = payload.tensors["mask"]
+        return rows._replace(channels=payload.shape[-1], mask=mask, keep=self.keep, of=self.of)
+
+    @property
+    def reads_codes(self) -> bool:
+        """Whether rows of `codec` stand alone and are read without decoding."""
+        return self.codec.reads_codes and self.codec.token_block == 1
+
+    def scores(self, query: Tensor, payload: Payload, state: State) -> Tensor:
+        """Products with what is kept."""
+        rows = self.coded_rows(payload, state)
+        return super().scores(query, payload, state) if rows is None else kernels.lookup.scores(query, rows)
+
+    def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
+        """Sums of what is kept."""
+        rows = self.coded_rows(payload, state)
+        return super().mix(weights, payload, state) if rows is None else kernels.lookup.mix(weights, rows)
+
+    def _kept(self, payload: Payload) -> Payload:
+        """The payload of `codec`."""
         *outer, channels = payload.shape
-        groups = -(-channels // self.of)
-        bits = (math.comb(self.of, self.keep) - 1).bit_length()
-        numbers = ops.bits.unpack(payload.tensors["mask"], bits, groups)
-        kept = ops.masks.kept_by(numbers, self.keep, self.of)
-        shape = (*outer, groups * self.keep)
         own = {name: tensor for name, tensor in payload.tensors.items() if name != "mask"}
-        values = self.codec.decode(Payload(own, shape), {}, dtype)
-        return ops.masks.opened(values, kept)[..., :channels].contiguous()
+        return Payload(own, (*outer, -(-channels // self.of) * self.keep))

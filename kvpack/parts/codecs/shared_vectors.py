@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from kvpack import ops
+from kvpack import kernels, ops
 from kvpack.core.errors import KvpackError, RecipeError
 from kvpack.core.lazy import torch
 from kvpack.core.roles import VectorCodec
-from kvpack.core.types import Payload, Shape, Stat, State, Stats, TensorSpec
+from kvpack.core.types import CodedRows, Payload, Shape, Stat, State, Stats, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,13 +132,26 @@ class SharedVectors(VectorCodec):
 
     def decode(self, payload: Payload, state: State, dtype: torch.dtype) -> Tensor:
         """The vectors, scaled."""
-        channels = payload.shape[-1]
-        codes = ops.bits.unpack_wide(payload.tensors["codes"], self.bits, channels // self.size)
-        books = self.books(state)
-        own = torch.arange(codes.shape[-1], device=codes.device) // self._per_group(channels)
-        vectors = books.flatten(0, 1)[codes + own * 2**self.bits]
-        scale = payload.tensors["scale"].float()[..., own].unsqueeze(-1)
-        return (vectors * scale).flatten(-2).to(dtype)
+        return kernels.lookup.dense(self.coded_rows(payload, state), dtype)
+
+    def coded_rows(self, payload: Payload, state: State) -> CodedRows:
+        """Codes, factors of the groups, codebooks."""
+        codes, scale, channels = payload.tensors["codes"], payload.tensors["scale"], payload.shape[-1]
+        books, group = self.books(state).contiguous(), self.group_size(channels)
+        return CodedRows("vectors", codes, self.bits, channels, group, scale, books, channels)
+
+    @property
+    def reads_codes(self) -> bool:
+        """Always."""
+        return True
+
+    def scores(self, query: Tensor, payload: Payload, state: State) -> Tensor:
+        """Products with the vectors, a few rows at a time."""
+        return kernels.lookup.scores(query, self.coded_rows(payload, state))
+
+    def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
+        """Sums of the vectors, a few rows at a time."""
+        return kernels.lookup.mix(weights, self.coded_rows(payload, state))
 
     def _vectors(self, x: Tensor, scales: Tensor) -> Tensor:
         """[..., T, D] divided by its scales and cut into [..., T, D/size, size]."""

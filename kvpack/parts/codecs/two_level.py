@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvpack import ops
+from kvpack import kernels, ops
 from kvpack.core.lazy import torch
 from kvpack.core.roles import Codec, GridCodec
 from kvpack.core.types import Payload, Shape, State, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from kvpack.ops.packed_affine import AffineCodes
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,28 @@ class TwoLevel(Codec):
 
     def decode(self, payload: Payload, state: State, dtype: torch.dtype) -> Tensor:
         """The approximation in `dtype`."""
-        codes = ops.bits.unpack(payload.tensors["codes"], self.bits, payload.shape[-1])
-        rows = _Rows(self, payload.tensors["scale"])
-        return rows.value(codes, {n: payload.tensors[n] for n in ("step", "low")}).to(dtype)
+        return kernels.affine.dense(self._affine(payload), dtype)
+
+    @property
+    def reads_codes(self) -> bool:
+        """Always."""
+        return True
+
+    def scores(self, query: Tensor, payload: Payload, state: State) -> Tensor:
+        """Products with the codes, a few rows at a time."""
+        return kernels.affine.scores(query, self._affine(payload))
+
+    def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
+        """Sums of the codes, a few rows at a time."""
+        return kernels.affine.mix(weights, self._affine(payload))
+
+    def _affine(self, payload: Payload) -> AffineCodes:
+        """Both levels as one: steps and zeros are products of integers with the rows' steps."""
+        tensors, channels = payload.tensors, payload.shape[-1]
+        grid = ops.two_level.as_affine({n: tensors[n] for n in ("step", "low")}, tensors["scale"])
+        return ops.packed_affine.AffineCodes(
+            tensors["codes"], grid["scale"], grid["zero"], self.bits, "channel", self.size, channels
+        )
 
 
 @dataclass(frozen=True)

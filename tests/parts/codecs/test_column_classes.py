@@ -115,3 +115,20 @@ def test_codecs_without_bits_or_channel_groups_are_refused(codec) -> None:
     with pytest.raises(RecipeError, match="classes of channels") as caught:
         ColumnClasses(codec)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("channels", [328, 480, 2048])
+def test_products_of_classes_whose_last_groups_are_short(bits: int, channels: int) -> None:
+    """Whole groups and the rest of a class take different ways; both start within a row of all classes."""
+    codec = ColumnClasses(GROUPS, bits, salient_fraction=0.08)
+    state = codec.rank(random(channels, seed=1).abs())
+    payload = codec.encode(random(70, channels), state)
+    dense = codec.decode(payload, state, torch.float32).double()
+    for count in (1, 3):
+        x, weights = random(count, channels, seed=2), random(count, 70, seed=3)
+        for found, expected in (
+            (codec.scores(x, payload, state), x.double() @ dense.mT),
+            (codec.mix(weights, payload, state), weights.double() @ dense),
+        ):
+            assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()

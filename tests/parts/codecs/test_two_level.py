@@ -131,3 +131,18 @@ def test_gptq_improves_on_rounding(act_order: bool) -> None:
 
     assert lost(payload) < 0.7 * lost(codec.encode(weight, {}))
     assert torch.equal(payload.tensors["scale"], codec.encode(weight, {}).tensors["scale"])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
+def test_one_affine_grid_stands_for_both_levels_exactly(bits: int, scale: float) -> None:
+    codec, weight = TwoLevel(bits=bits, size=24), scale * weights(40, 172)
+    tensors = codec.encode(weight, {}).tensors
+    codes = ops.bits.unpack(tensors["codes"], bits, 172).float()
+    grid = {name: tensors[name] for name in ("step", "low")}
+    integers = ops.two_level.value(codes, grid, 24)
+    whole = {
+        n: t.repeat_interleave(24, -1)[:, :172]
+        for n, t in ops.two_level.as_affine(grid, tensors["scale"]).items()
+    }
+    assert torch.equal(codes * whole["scale"] + whole["zero"], integers * tensors["scale"].float())
