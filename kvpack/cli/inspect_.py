@@ -13,6 +13,7 @@ from kvpack.cli.console import table
 from kvpack.cli.describe import describe, side_text
 from kvpack.cli.experts import expert_lines
 from kvpack.cli.inspect_calibration import CALIBRATION_FILE, inspect_calibration
+from kvpack.cli.reading import reading_data, reading_rows
 from kvpack.cli.run import Result, Session
 from kvpack.cli.sparsity import sparsity_data, sparsity_lines
 from kvpack.core.errors import SourceError
@@ -115,6 +116,7 @@ def _artifact_lines(data: dict[str, Any], manifest: Manifest) -> list[Any]:
             ("keys", side_text(last, "key")),
             ("values", side_text(last, "value")),
             ("policy", describe(last.policy)),
+            *reading_rows(kv["reading"]),
             ("per token", f"{human_bytes(kv['bytes_per_token'])} once it is encoded"),
         ]
         lines += ["", table(("KV cache", f"{kv['layers']} layers"), about)]
@@ -177,6 +179,7 @@ def _kv(manifest: Manifest) -> dict[str, Any] | None:
         "layers": len(manifest.kv),
         **sides,
         "policy": to_mapping(last.policy),
+        "reading": reading_data(manifest.kv),
         "bytes_per_token": float(kv_bytes_per_token(manifest.kv, manifest.base_model.dtype)),
     }
 

@@ -11,6 +11,7 @@ from kvpack.cli.budget import Cache, TargetBpw, TargetSize, budget_data, budget_
 from kvpack.cli.console import table
 from kvpack.cli.describe import describe, plane_text, side_text
 from kvpack.cli.options import AllowDownload, Model, Overrides, RecipeOption, TrustRemoteCode
+from kvpack.cli.reading import reading_data, reading_rows
 from kvpack.cli.run import Result, Session
 from kvpack.cli.sparsity import sparsity_data, sparsity_lines
 from kvpack.core.access import Access
@@ -169,6 +170,7 @@ def _cache_data(made: Plan, context: int) -> dict[str, Any] | None:
         "key": side_text(last, "key"),
         "value": side_text(last, "value"),
         "policy": describe(last.policy),
+        "reading": reading_data(made.kv),
         "source_bytes_per_token": made.model.kv_bytes_per_token(),
         "bytes_per_token": float(kv_bytes_per_token(made.kv, made.model.dtype)),
         "context_tokens": context,
@@ -207,6 +209,7 @@ def _cache_lines(cache: dict[str, Any]) -> list[Any]:
         ("keys", cache["key"]),
         ("values", cache["value"]),
         ("policy", cache["policy"]),
+        *reading_rows(cache["reading"]),
         ("per token", f"{per_token} once it is encoded"),
         (f"{cache['context_tokens']:,} tokens", f"{held} ({smaller:.2f}x smaller)"),
         ("bits/element", f"{cache['bits_per_element']:.2f}, everything counted"),

@@ -36,6 +36,8 @@ PREFIX = "kvpack_"
 _OBSERVER = "_kvpack_observer"
 _READER = "_kvpack_reader"
 _WRAPPED = ("sdpa", "eager")
+_UNREAD = ("position_bias", "indices", "block_indices", "sinks")
+"""Arguments of some families' attention that change what is read, in ways no `Reader` knows."""
 
 
 def observe(model: Any) -> None:
@@ -127,7 +129,7 @@ def _through(inner: str) -> Callable[..., Any]:
     ) -> Any:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         reader = module.__dict__.get(_READER)
-        if reader is not None:
+        if reader is not None and all(kwargs.get(name) is None for name in _UNREAD):
             out = reader(query, attention_mask, scale, kwargs.get("softcap"), kwargs.get("s_aux"))
             if out is not None:
                 return out, None

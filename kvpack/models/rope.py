@@ -76,6 +76,21 @@ class ModelRope:
 
 
 @dataclass(frozen=True)
+class _Embedding:
+    """Positions to cos and sin; equal for layers that share them."""
+
+    rotary: nn.Module
+    dtype: torch.dtype
+    layer_type: str | None
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        like = torch.empty(0, dtype=self.dtype, device=positions.device)
+        extra = {"layer_type": self.layer_type} if self.layer_type else {}
+        cos, sin = self.rotary(like, positions, **extra)
+        return cos, sin
+
+
+@dataclass(frozen=True)
 class NoRope:
     """A layer whose keys carry no position."""
 
@@ -118,13 +133,7 @@ def rope_of(model: nn.Module, attention: nn.Module, *, fixed: bool = True) -> Ro
         _check_fixed(rotary, layer_type, where)
     # The model rounds cos and sin to its own dtype, whatever dtype a block is held in.
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    extra = {"layer_type": layer_type} if layer_type else {}
-
-    def embed(positions: Tensor) -> tuple[Tensor, Tensor]:
-        like = torch.empty(0, dtype=dtype, device=positions.device)
-        cos, sin = rotary(like, positions, **extra)
-        return cos, sin
-
+    embed = _Embedding(rotary, dtype, layer_type)
     return ModelRope(rotate, embed, getattr(attention, "rotary_ndims", None))
 
 

@@ -72,6 +72,11 @@ class PlanePlan:
         slow = next((codec for codec in self.codecs if not codec.reads_codes), None)
         return "" if slow is None else f"{type(slow).__name__} codes are decoded"
 
+    @property
+    def in_rows(self) -> bool:
+        """Whether what is stored can be brought back to the model's basis token by token, see `Reading`."""
+        return all(t.in_rows for t in self.online) and all(codec.in_rows for codec in self.codecs)
+
     def coded_shape(self, shape: Shape) -> Shape:
         """Shape [B, K', T, D'] that the codecs see for a plane of `shape` [B, K, T, D]."""
         for transform in self.online:
@@ -113,17 +118,22 @@ def segments(codec: Codec, tokens: int) -> Iterator[int]:
         tokens -= length
 
 
+Way = Literal["codes", "rows", "blocks", "dense"]
+"""See `Reading`."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """How attention of a decode step gets at what a layer has stored.
 
-    `key` and `value` are "codes" (computed on as they are), "blocks" (decoded and transformed back some
-    tokens at a time) or "dense" (decoded as a whole, for the model's own attention); `why` tells
-    what stands against codes.
+    `key` and `value` are "codes" (computed on as they are, in their own basis), "rows" (a few tokens at a
+    time are decoded and transformed back by a compiled loop), "blocks" (the same in tensors, more
+    tokens at a time) or "dense" (decoded as a whole, for the model's own attention); `why` tells what
+    stands against codes.
     """
 
-    key: Literal["codes", "blocks", "dense"]
-    value: Literal["codes", "blocks", "dense"]
+    key: Way
+    value: Way
     why: str = ""
 
     @property
@@ -178,8 +188,9 @@ class KVLayerPlan:
                 return Reading("dense", "dense", why)
         shape = (1, self.attention.kv_heads, 1, self.attention.head_dim)
         found = {name: self.plane(name).obstacle(name, shape) for name in PLANES}
-        ways: dict[Plane, Literal["codes", "blocks"]] = {
-            name: "blocks" if found[name] else "codes" for name in PLANES
+        ways: dict[Plane, Way] = {
+            name: ("rows" if self.plane(name).in_rows else "blocks") if found[name] else "codes"
+            for name in PLANES
         }
         why = "; ".join(f"{name}s: {what}" for name, what in found.items() if what)
         return Reading(ways["key"], ways["value"], why)

@@ -20,7 +20,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from kvpack import kernels
+from kvpack.core.rows import Step, TokenRows, Turn
 from kvpack.runtime.overlay import Overlay
 from kvpack.runtime.plane import PlaneCache
 from kvpack.runtime.tier import Tier
@@ -107,6 +110,34 @@ class _Plane:
         tail = self.plane.tail[:, :, start - self.plane.tail_start : stop - self.plane.tail_start]
         return tail.float()
 
+    def rows(self, tier: Tier, skip: int, start: int, stop: int) -> tuple[TokenRows, int, int]:
+        """Coded slots for loops that transform them back row by row; others before and behind them."""
+        found, before, behind = tier.rows(skip, stop - start)
+        steps: list[Step] = []
+        heads = self.plane.tail.shape[1] // self.plane.coded_shape[1]
+        for step in self._steps(start, stop):
+            if isinstance(step, Turn) and before + behind:
+                own, other = (pad(t, (0, 0, before, behind)) for t in (step.own, step.other))
+                steps.append(Turn(own, other, step.partner))
+            else:
+                steps.append(step)
+        return found._replace(steps=tuple(steps), heads=heads), before, behind
+
+    def _steps(self, start: int, stop: int) -> Iterator[Step]:
+        """How rows come back to the model's basis; what depends on positions is shared by all layers."""
+        shape, found = tuple(self.plane.tail.shape), []
+        for transform, state, site in self.plane.transforms:
+            if transform.needs_rope:
+                known, key = self.track.turns, (transform, site.rope, shape[3], start, stop)
+                if key not in known:
+                    at = replace(site, positions=self.track.positions_of(start, stop))
+                    known[key] = transform.row_steps(state, at, shape[3])
+                found.append(known[key])
+            else:
+                found.append(transform.row_steps(state, site, shape[3]))
+            shape = transform.shape(shape)
+        return (step for steps in reversed(found) for step in steps)
+
     def decoded(self, tier: Tier, skip: int, start: int, stop: int) -> Tensor:
         """Coded slots in the model's basis, float32 [B, K, t, D]."""
         x = tier.decode(skip, stop - start)
@@ -139,6 +170,9 @@ class _Keys(_Plane):
         if found is None:
             return self.query @ self.exact(start, stop).mT
         tier, skip = found
+        if self.dual is None and self.plane.in_rows:
+            rows, before, _ = self.rows(tier, skip, start, stop)
+            return kernels.rows.scores(self.query, rows)[..., before : before + stop - start]
         if self.dual is None:
             return self.query @ self.decoded(tier, skip, start, stop).mT
         return tier.scores(self.dual, skip, stop - start)
@@ -157,6 +191,10 @@ class _Values(_Plane):
         if found is None:
             return weights @ self.exact(start, stop), False
         tier, skip = found
+        if not self.on_codes and self.plane.in_rows:
+            rows, before, behind = self.rows(tier, skip, start, stop)
+            weights = pad(weights, (before, behind)) if before + behind else weights
+            return kernels.rows.mix(weights, rows), False
         if not self.on_codes:
             return weights @ self.decoded(tier, skip, start, stop), False
         return tier.mix(weights, skip, stop - start), True

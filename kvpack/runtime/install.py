@@ -110,13 +110,26 @@ def install(
     for layer, (attention, residual) in taps.items():
         module = model.get_submodule(attention.block if residual else attention.module)
         module.register_forward_pre_hook(_show_input(layer), with_kwargs=True)
-    if scheme.sees_attention or (scheme.on_codes and observable(model)):
-        observe(model)
+    if _observed(model, scheme):
         for plan in scheme.plans:
             _show_attention(model.get_submodule(plan.attention.module), plan.attention.layer)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.cache_implementation = None
     model.__class__ = _subclass(type(model))
+
+
+def _observed(model: Any, scheme: KVScheme) -> bool:
+    """Route attention through the registry, where that is needed or where codes can then be read."""
+    if scheme.sees_attention:
+        observe(model)
+        return True
+    try:
+        if scheme.on_codes and observable(model):
+            observe(model)
+            return True
+    except UnsupportedModel:
+        pass  # The family's attention reads dense keys and values, as any other does.
+    return False
 
 
 def _show_attention(attention: nn.Module, layer: int) -> None:
@@ -127,7 +140,8 @@ def _show_attention(attention: nn.Module, layer: int) -> None:
         cache = _cache_among(args, kwargs)
         in_use[0] = None if cache is None else cache.layers[layer]
         if in_use[0] is not None:
-            in_use[0].routed = in_use[0].plan.reading.on_codes and is_routed(module.config)
+            readable = in_use[0].plan.reading.on_codes and not module.training
+            in_use[0].routed = readable and is_routed(module.config)
 
     def read(
         query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None
@@ -143,9 +157,18 @@ def _show_attention(attention: nn.Module, layer: int) -> None:
     ) -> tuple[Tensor, Tensor, Tensor | None] | None:
         # The cache is let go at once, so that the model never keeps a finished one alive.
         held, in_use[0] = in_use[0], None
-        return None if held is None else held.attend(query, key, value, mask, scaling)
+        if held is None:
+            return None
+        held.check_read()
+        return held.attend(query, key, value, mask, scaling)
+
+    def check(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        held, in_use[0] = in_use[0], None
+        if held is not None:
+            held.check_read()
 
     attention.register_forward_pre_hook(find, with_kwargs=True)
+    attention.register_forward_hook(check)
     set_observer(attention, attend)
     set_reader(attention, read)
 

@@ -92,12 +92,12 @@ class KVPackLayer(Holdings, CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._check_attended()
+        self.check_read()
         past, new = self.get_seq_length(), key_states.shape[2]
         self._check_announced(past + new, key_states.shape[0])
         start = self._window_start(past)
         self._protect(key_states, value_states, past)
-        if self._on_codes(new):
+        if self._on_codes(key_states):
             self._append(key_states, value_states)
             self._unread = start
             return key_states, value_states
@@ -112,17 +112,25 @@ class KVPackLayer(Holdings, CacheLayerMixin):
             self._drop()
         return held
 
-    def _on_codes(self, new: int) -> bool:
-        """Whether attention over the stored tokens comes next, for this pass of `new` tokens."""
+    def _on_codes(self, key_states: Tensor) -> bool:
+        """Whether attention over the stored tokens comes next, for this pass; it gives no gradients."""
         routed, self.routed = self.routed, False
-        return routed and new <= MOST_QUERIES and any(self.stored_tokens.values())
+        if not routed or key_states.shape[2] > MOST_QUERIES:
+            return False
+        gradients = torch.is_grad_enabled() and key_states.requires_grad
+        return not gradients and any(self.stored_tokens.values())
 
-    def _check_attended(self) -> None:
+    def check_read(self) -> None:
+        """Refuse to go on when attention saw the new tokens only, because `attention` was not called.
+
+        Raises:
+            UsageError: that is so.
+        """
         if self._unread is not None:
             raise UsageError(
                 f"layer {self.plan.attention.layer}: attention did not read what the cache holds",
-                why="the last pass ended between the cache and its attention function",
-                hint="start a new cache; keep the attention implementation of the loaded model",
+                why="the pass ended, or went another way, between the cache and its attention function",
+                hint="start a new cache; KVPACK_KERNELS=reference lets any attention read a dense cache",
             )
 
     def attention(self, call: Call) -> Tensor | None:

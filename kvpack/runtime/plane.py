@@ -69,6 +69,11 @@ class PlaneCache:
         """Whether the codecs see one head for each of the plane's, of the same width."""
         return tuple(self._coded_shape[1::2]) == (self.tail.shape[1], self.tail.shape[3])
 
+    @property
+    def in_rows(self) -> bool:
+        """Whether compiled loops can bring the codes back to the model's basis token by token."""
+        return all(t.in_rows for t, _, _ in self.transforms) and all(tier.in_rows for tier in self.tiers)
+
     def fit_prompt(self, queries: Tensor, tokens: TokenTrack) -> None:
         """Make the states of transforms that want it from the tail and its queries [B, H, T, D]."""
         if not any(transform.fits_prompt for transform, _, _ in self.transforms):

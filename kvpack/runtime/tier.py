@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpack.core.roles import Codec
+from kvpack.core.rows import TokenRows
 from kvpack.core.types import Payload, Shape, State
 from kvpack.recipe.kv_plan import segments
 from kvpack.runtime.segments import SegmentStore
@@ -115,6 +116,17 @@ class Tier:
         if tokens < piece.tokens:
             weights = torch.nn.functional.pad(weights, (piece.start, piece.tokens - piece.stop))
         return self.codec.mix(weights, self._payload(piece), self.state)
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether compiled loops can decode the tokens one after another."""
+        return self.codec.in_rows
+
+    def rows(self, skip: int, tokens: int) -> tuple[TokenRows, int, int]:
+        """The `tokens` tokens after the `skip` oldest, and how many others stand before and behind them."""
+        piece = self.store.piece(skip, tokens)
+        found = self.codec.token_rows(self._payload(piece), self.state)
+        return found, piece.start, piece.tokens - piece.stop
 
     def decode(self, skip: int, tokens: int) -> Tensor:
         """The `tokens` tokens after the `skip` oldest, float32 [B, K, t, D]."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
 from kvpack.core.errors import UsageError
+from kvpack.core.rows import Step
 
 
 class TokenTrack:
@@ -15,7 +18,8 @@ class TokenTrack:
     int32 [B or 1, T], None when the model does not tell them; `valid` is bool [B, T], None while
     there is no padding. `hidden` holds the input of a decoder layer [B, T, C] until the layer's
     cache takes it; `embeddings` [B, T, C] and `text` [B, T] are the model's input embeddings and,
-    where the caller told them, which tokens are text.
+    where the caller told them, which tokens are text. `turns` is scratch: rotary embeddings of stretches
+    of slots, made by the first layer of a pass that needs them.
     """
 
     def __init__(self) -> None:
@@ -30,6 +34,7 @@ class TokenTrack:
         self.embeddings: Tensor | None = None
         self.text: Tensor | None = None
         self._seen: Tensor | None = None
+        self.turns: dict[Hashable, tuple[Step, ...]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -56,7 +61,7 @@ class TokenTrack:
             )
         self.crop(past)
         self.past, self.length, self.batch = past, past + tokens, batch
-        self.hidden, self._seen = {}, None
+        self.hidden, self._seen, self.turns = {}, None, {}
         self.embeddings = self.text = None
         new = None
         if attention_mask is not None and attention_mask.dim() == 2:

@@ -74,8 +74,12 @@ def test_artifact(call_kvpack: Kvpack, manifest_folder: str) -> None:
     (packed,) = data["weights"]
     assert packed["tensors"] == 42
     assert packed["worst_relative_error"] == 0.08
+    (read,) = data["kv"]["reading"]
+    why = "keys: Unrope has no partner for queries"
+    assert read == {"layers": data["kv"]["layers"], "key": "rows", "value": "codes", "why": why}
     text = call_kvpack("inspect", manifest_folder).out
     assert "rotatekv-w4@4bit" in text
+    assert f"because          {why}" in text
     assert "hadamard heads 1 (folded) > affine bits 4" in text
 
 

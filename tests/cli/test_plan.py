@@ -40,6 +40,30 @@ def test_text_shows_scheme_and_sizes(call_kvpack: Kvpack, demo_model: str) -> No
 
 
 @pytest.mark.parametrize(
+    ("recipe", "key", "value", "why"),
+    [
+        ("kivi", "codes", "codes", None),
+        ("fp8", "codes", "codes", None),
+        (
+            "kvquant",
+            "rows",
+            "rows",
+            "keys: Unrope has no partner for queries; values: MergeHeads mixes heads",
+        ),
+        ("gear", "blocks", "codes", "keys: Residual codes are decoded"),
+        ("zipcache", "dense", "dense", "tokens are ranked by importance"),
+    ],
+)
+def test_how_attention_reads(
+    call_kvpack: Kvpack, demo_model: str, recipe: str, key: str, value: str, why: str | None
+) -> None:
+    data = call_kvpack("plan", demo_model, "-r", recipe, "--json").json["data"]
+    (read,) = data["kv_cache"]["reading"]
+    assert (read["key"], read["value"], read["why"]) == (key, value, why)
+    assert read["layers"] == data["kv_cache"]["layers"]
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
         (["-r", "w4", "--set", "weights.0.match=mlp.gate"], 2, "no linear layer of LlamaForCausalLM matches"),

@@ -30,6 +30,11 @@ class HalfRope:
     def undo(self, x: Tensor, positions: Tensor) -> Tensor:
         return self.turn(x, positions, -1.0)
 
+    def partners(self, channels: int) -> Tensor:
+        half = channels // 2
+        index = torch.arange(channels)
+        return torch.where(index < 2 * half, (index + half) % max(1, 2 * half), index)
+
 
 def site(heads: int, tokens: int, start: int = 100) -> Site:
     positions = torch.arange(start, start + tokens).expand(2, tokens)

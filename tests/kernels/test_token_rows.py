@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -55,15 +53,15 @@ def agree(x: TokenRows) -> None:
     from kvpack.kernels.cpu import rows as compiled
 
     assert compiled.fits(x)
-    dense = ops.packed_rows.dense(x)
+    dense = rows.dense(x)
     for queries in (1, 5):
         query, weights = (
             random(*dense.shape[:2], queries, dense.shape[3]),
             random(*dense.shape[:2], queries, dense.shape[2]),
         )
         for ours, expected in (
-            (rows.scores(query, x), ops.packed_rows.scores(query, x)),
-            (rows.mix(weights, x), ops.packed_rows.mix(weights, x)),
+            (rows.scores(query, x), query @ dense.mT),
+            (rows.mix(weights, x), weights @ dense),
         ):
             assert ours.dtype == torch.float32
             assert (ours - expected).abs().max() <= 3e-6 * expected.abs().max()
@@ -102,6 +100,15 @@ def test_outliers(index: torch.dtype) -> None:
     agree(TokenRows(x, Outliers(random(BATCH, 1, TOKENS, 5).half(), places), heads=2))
 
 
+def test_threads_divide_the_tokens() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        agree(TokenRows(source("levels by token", 1, 500, 64), heads=2))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_parts_of_a_store_are_read_where_they_are() -> None:
     """Views of growing buffers: rows of a wider tensor."""
     x = source("levels by token", 2, TOKENS, 32)
@@ -119,4 +126,4 @@ def test_what_does_not_fit_is_left_to_the_reference() -> None:
     for x in (narrow, TokenRows(source(0, 1, TOKENS, 64), None, turn_first, 2)):
         assert not compiled.fits(x)
         query = random(BATCH, 2, 3, 8 if x is narrow else 32)
-        torch.testing.assert_close(rows.scores(query, x), ops.packed_rows.scores(query, x))
+        torch.testing.assert_close(rows.scores(query, x), query @ rows.dense(x).mT)

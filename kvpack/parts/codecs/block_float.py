@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvpack import ops
+from kvpack import kernels, ops
 from kvpack.core.errors import RecipeError
 from kvpack.core.roles import GridCodec
+from kvpack.core.rows import TokenRows
 from kvpack.core.types import Payload, Shape, State, TensorSpec
 
 if TYPE_CHECKING:
@@ -79,10 +81,29 @@ class BlockFloat(GridCodec):
         codes = ops.bits.unpack(payload.tensors["codes"], self.mantissa, payload.shape[-1])
         return self.value(codes, {"exponent": payload.tensors["exponent"]}).to(dtype)
 
+    @property
+    def in_rows(self) -> bool:
+        """Always."""
+        return True
+
+    def token_rows(self, payload: Payload, state: State) -> TokenRows:
+        """The codes on a symmetric grid whose steps are the powers of two."""
+        codes, steps = payload.tensors["codes"], self._step(payload.tensors).squeeze(-1)
+        grid = (steps, None, self.mantissa, "channel", self.block, payload.shape[-1])
+        return TokenRows(ops.packed_affine.AffineCodes(codes, *grid))
+
+    def scores(self, query: Tensor, payload: Payload, state: State) -> Tensor:
+        """Products with the codes, a few rows at a time."""
+        return kernels.rows.scores(query, self.token_rows(payload, state))
+
+    def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
+        """Sums of the codes, a few rows at a time."""
+        return kernels.rows.mix(weights, self.token_rows(payload, state))
+
     def _split(self, x: Tensor) -> Tensor:
         return ops.affine.split(x, "channel", self.block)
 
-    def _step(self, grid: State) -> Tensor:
+    def _step(self, grid: Mapping[str, Tensor]) -> Tensor:
         return ops.block_float.steps(grid["exponent"], self.mantissa).unsqueeze(-1)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from kvpack import kernels
 from kvpack.core.lazy import torch
 from kvpack.core.roles import Codec
+from kvpack.core.rows import TokenRows
 from kvpack.core.types import Payload, Shape, State, TensorSpec
 
 if TYPE_CHECKING:
@@ -37,3 +39,20 @@ class Cast(Codec):
     def decode(self, payload: Payload, state: State, dtype: torch.dtype) -> Tensor:
         """The stored numbers in `dtype`."""
         return payload.tensors["values"].to(dtype)
+
+    @property
+    def in_rows(self) -> bool:
+        """Always."""
+        return True
+
+    def token_rows(self, payload: Payload, state: State) -> TokenRows:
+        """The stored numbers."""
+        return TokenRows(payload.tensors["values"])
+
+    def scores(self, query: Tensor, payload: Payload, state: State) -> Tensor:
+        """Products with the stored numbers, a few rows at a time."""
+        return kernels.rows.scores(query, self.token_rows(payload, state))
+
+    def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
+        """Sums of the stored numbers, a few rows at a time."""
+        return kernels.rows.mix(weights, self.token_rows(payload, state))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from kvpack import ops
+from kvpack import kernels, ops
 from kvpack.core.errors import KvpackError, RecipeError
 from kvpack.core.lazy import torch
 from kvpack.core.roles import Codec
+from kvpack.core.rows import LevelCodes, TokenRows
 from kvpack.core.types import Payload, Shape, Stat, State, Stats, TensorSpec
 
 if TYPE_CHECKING:
@@ -122,16 +123,31 @@ class Codebook(Codec):
 
     def decode(self, payload: Payload, state: State, dtype: torch.dtype) -> Tensor:
         """``z + s * c[q]``, with the norm where there is one."""
-        codes = ops.bits.unpack(payload.tensors["codes"], self.bits, payload.shape[-1])
-        levels = state["codebook"].float()
+        return kernels.rows.dense(self.token_rows(payload, state)).to(dtype)
+
+    @property
+    def in_rows(self) -> bool:
+        """Always."""
+        return True
+
+    def token_rows(self, payload: Payload, state: State) -> TokenRows:
+        """Codes, levels and ranges."""
+        codes, levels = payload.tensors["codes"], state["codebook"].float()
         if self.q_norm:
             levels = state["norm"][0] * levels + state["norm"][1]
-        x = levels[codes.int()]
         if self.axis == "token":
             centre, scale = (payload.tensors[name] for name in ("centre", "scale"))
         else:
-            centre, scale = (ops.rows.per_channel(state[name], x) for name in ("centre", "scale"))
-        return x.mul_(scale.float()).add_(centre.float()).to(dtype)
+            centre, scale = (ops.rows.per_channel(state[name], codes) for name in ("centre", "scale"))
+        return TokenRows(LevelCodes(codes, levels, centre, scale, self.bits, payload.shape[-1]))
+
+    def scores(self, query: Tensor, payload: Payload, state: State) -> Tensor:
+        """Products with the levels, a few rows at a time."""
+        return kernels.rows.scores(query, self.token_rows(payload, state))
+
+    def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
+        """Sums of the levels, a few rows at a time."""
+        return kernels.rows.mix(weights, self.token_rows(payload, state))
 
     def _codebook(self, points: Tensor, gradient: Tensor | None) -> Tensor:
         if self.levels == "even":

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvpack import kernels
 from kvpack.core.roles import Codec
+from kvpack.core.rows import TokenRows
 from kvpack.core.types import Payload, Shape, State, TensorSpec
 
 if TYPE_CHECKING:
@@ -28,3 +30,20 @@ class Identity(Codec):
     def decode(self, payload: Payload, state: State, dtype: torch.dtype) -> Tensor:
         """The input, in `dtype`."""
         return payload.tensors["values"].to(dtype)
+
+    @property
+    def in_rows(self) -> bool:
+        """Always."""
+        return True
+
+    def token_rows(self, payload: Payload, state: State) -> TokenRows:
+        """The stored numbers."""
+        return TokenRows(payload.tensors["values"])
+
+    def scores(self, query: Tensor, payload: Payload, state: State) -> Tensor:
+        """Products with the stored numbers, a few rows at a time."""
+        return kernels.rows.scores(query, self.token_rows(payload, state))
+
+    def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
+        """Sums of the stored numbers, a few rows at a time."""
+        return kernels.rows.mix(weights, self.token_rows(payload, state))

@@ -59,14 +59,33 @@ class InBasis(Codec):
 
     def encode(self, x: Tensor, state: State, valid: Tensor | None = None) -> Payload:
         """Transform, then encode."""
-        there = ops.fourier.forward(x) if self.basis == "fft" else ops.hadamard.transform(x.float())
-        payload = self.codec.encode(there, {}, valid)
+        payload = self.codec.encode(self._there(x), {}, valid)
         return Payload(prefixed("codec", payload.tensors), tuple(x.shape))
 
     def decode(self, payload: Payload, state: State, dtype: torch.dtype) -> Tensor:
         """Decode, then transform back."""
         inner = Payload(inside("codec", payload.tensors), payload.shape)
-        there = self.codec.decode(inner, {}, torch.float32)
+        return self._back(self.codec.decode(inner, {}, torch.float32)).to(dtype)
+
+    @property
+    def reads_codes(self) -> bool:
+        """Where `codec` does: the basis is orthonormal."""
+        return self.codec.reads_codes
+
+    def scores(self, query: Tensor, payload: Payload, state: State) -> Tensor:
+        """Products of transformed queries."""
+        inner = Payload(inside("codec", payload.tensors), payload.shape)
+        return self.codec.scores(self._there(query), inner, {})
+
+    def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
+        """Sums, transformed back."""
+        inner = Payload(inside("codec", payload.tensors), payload.shape)
+        return self._back(self.codec.mix(weights, inner, {}))
+
+    def _there(self, x: Tensor) -> Tensor:
+        return ops.fourier.forward(x) if self.basis == "fft" else ops.hadamard.transform(x.float())
+
+    def _back(self, x: Tensor) -> Tensor:
         if self.basis == "fft":
-            return ops.fourier.inverse(there).to(dtype)
-        return ops.hadamard.transform(there, inverse=True).to(dtype)
+            return ops.fourier.inverse(x)
+        return ops.hadamard.transform(x, inverse=True)

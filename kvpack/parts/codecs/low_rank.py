@@ -90,3 +90,18 @@ class LowRank(Codec):
     def decode(self, payload: Payload, state: State, dtype: torch.dtype) -> Tensor:
         """The product of the factors."""
         return (payload.tensors["left"].float() @ payload.tensors["right"].float().mT).to(dtype)
+
+    @property
+    def reads_codes(self) -> bool:
+        """Always."""
+        return True
+
+    def scores(self, query: Tensor, payload: Payload, state: State) -> Tensor:
+        """``(q P) Q^T``."""
+        left, right = (payload.tensors[name].float() for name in ("left", "right"))
+        return query.float() @ right @ left.mT
+
+    def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
+        """``(w Q) P^T``."""
+        left, right = (payload.tensors[name].float() for name in ("left", "right"))
+        return weights.float() @ left @ right.mT

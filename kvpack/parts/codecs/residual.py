@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -91,9 +92,26 @@ class Residual(Codec):
     def decode(self, payload: Payload, state: State, dtype: torch.dtype) -> Tensor:
         """The sum of both."""
         first, second = (
-            codec.decode(
-                Payload(inside(name, payload.tensors), payload.shape), inside(name, state), torch.float32
-            )
-            for name, codec in (("first", self.first), ("second", self.second))
+            codec.decode(inner, own, torch.float32) for codec, inner, own in self._both(payload, state)
         )
         return (first + second).to(dtype)
+
+    @property
+    def reads_codes(self) -> bool:
+        """Where both do."""
+        return self.first.reads_codes and self.second.reads_codes
+
+    def scores(self, query: Tensor, payload: Payload, state: State) -> Tensor:
+        """The sum of both."""
+        first, second = (c.scores(query, inner, own) for c, inner, own in self._both(payload, state))
+        return first + second
+
+    def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
+        """The sum of both."""
+        first, second = (c.mix(weights, inner, own) for c, inner, own in self._both(payload, state))
+        return first + second
+
+    def _both(self, payload: Payload, state: State) -> Iterator[tuple[Codec, Payload, State]]:
+        """Each codec with its payload and state."""
+        for name, codec in (("first", self.first), ("second", self.second)):
+            yield codec, Payload(inside(name, payload.tensors), payload.shape), inside(name, state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -117,14 +118,38 @@ class SplitChannels(Codec):
 
     def decode(self, payload: Payload, state: State, dtype: torch.dtype) -> Tensor:
         """Decode both sides and put every channel back into its place."""
+        sides = (codec.decode(inner, {}, dtype) for codec, inner in self._sides(payload))
+        return self._in_place(torch.cat(list(sides), -1), state)
+
+    @property
+    def reads_codes(self) -> bool:
+        """Where both do."""
+        return self.wide.reads_codes and self.narrow.reads_codes
+
+    def scores(self, query: Tensor, payload: Payload, state: State) -> Tensor:
+        """The sum over both sides, each with its channels of the query."""
+        query = query.float()
+        ordered = query.gather(-1, self._index(query.shape, state["order"]))
+        parts = ordered.tensor_split((self._wide(query.shape[-1]),), -1)
+        pairs = zip(parts, self._sides(payload), strict=True)
+        wide, narrow = (codec.scores(part, inner, {}) for part, (codec, inner) in pairs)
+        return wide + narrow
+
+    def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
+        """The sums of both sides, every channel in its place."""
+        sides = (codec.mix(weights, inner, {}) for codec, inner in self._sides(payload))
+        return self._in_place(torch.cat(list(sides), -1), state)
+
+    def _sides(self, payload: Payload) -> Iterator[tuple[Codec, Payload]]:
+        """Each codec with its payload."""
         *outer, channels = payload.shape
         wide = self._wide(channels)
-        sides = [
-            codec.decode(Payload(inside(name, payload.tensors), (*outer, count)), {}, dtype)
-            for name, codec, count in (("wide", self.wide, wide), ("narrow", self.narrow, channels - wide))
-        ]
-        ordered = torch.cat(sides, -1)
-        return torch.empty_like(ordered).scatter_(-1, self._index(payload.shape, state["order"]), ordered)
+        for name, codec, count in (("wide", self.wide, wide), ("narrow", self.narrow, channels - wide)):
+            yield codec, Payload(inside(name, payload.tensors), (*outer, count))
+
+    def _in_place(self, ordered: Tensor, state: State) -> Tensor:
+        """Put channels in stored order back into their places."""
+        return torch.empty_like(ordered).scatter_(-1, self._index(ordered.shape, state["order"]), ordered)
 
     def _wide(self, channels: int) -> int:
         return max(1, int(channels * self.share + 1e-9))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from kvpack import ops
+from kvpack import kernels, ops
 from kvpack.core.errors import KvpackError, RecipeError
 from kvpack.core.lazy import torch
 from kvpack.core.nested import inside, prefixed
 from kvpack.core.roles import Codec
+from kvpack.core.rows import Outliers, TokenRows
 from kvpack.core.types import Payload, Shape, Stat, State, Stats, TensorSpec
 
 if TYPE_CHECKING:
@@ -137,6 +138,30 @@ class TopOutliers(Codec):
         x = self.codec.decode(inner, inside("codec", state), torch.float32)
         places, outliers = payload.tensors["places"].long(), payload.tensors["outliers"].float()
         return x.scatter(self._dim, places, outliers).to(dtype)
+
+    @property
+    def in_rows(self) -> bool:
+        """Where outliers belong to tokens, around a codec that works in rows and keeps none itself."""
+        return self.axis == "channel" and self.codec.in_rows and not isinstance(self.codec, TopOutliers)
+
+    def token_rows(self, payload: Payload, state: State) -> TokenRows:
+        """The rows of `codec`, with the outliers."""
+        inner = Payload(inside("codec", payload.tensors), payload.shape)
+        rows = self.codec.token_rows(inner, inside("codec", state))
+        outliers = Outliers(payload.tensors["outliers"], payload.tensors["places"])
+        return rows._replace(outliers=outliers)
+
+    def scores(self, query: Tensor, payload: Payload, state: State) -> Tensor:
+        """Products with rows and outliers, a few rows at a time."""
+        if not self.in_rows:
+            return super().scores(query, payload, state)
+        return kernels.rows.scores(query, self.token_rows(payload, state))
+
+    def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
+        """Sums of rows and outliers, a few rows at a time."""
+        if not self.in_rows:
+            return super().mix(weights, payload, state)
+        return kernels.rows.mix(weights, self.token_rows(payload, state))
 
     @property
     def _dim(self) -> int:

@@ -128,6 +128,23 @@ class Vector(Codec):
         scores: Tensor = found.reshape(*query.shape[:-1], payload.shape[-2])
         return scores
 
+    @property
+    def reads_codes(self) -> bool:
+        """Always."""
+        return True
+
+    def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
+        """The weights of the tokens of every centroid summed up, then one product with the codebook."""
+        books = state["codebook"].float()
+        w = weights.reshape(-1, len(books), 1, *weights.shape[-2:]).float()
+        codes = self._codes(payload, len(books)).unsqueeze(3)
+        shape = (*w.shape[:2], self.sub_vectors, w.shape[3])
+        sums = w.new_zeros((*shape, books.shape[2]))
+        sums.scatter_add_(4, codes.expand(*shape, -1), w.expand(*shape, -1))
+        z = (sums @ books).transpose(2, 3).flatten(3)
+        x = z if self.metric == "euclidean" else ops.query_metric.leave(z, state["chol"])
+        return x.reshape(*weights.shape[:-1], payload.shape[-1])
+
     def _pieces(self, x: Tensor, state: State) -> Tensor:
         """[..., K, N, D] in the metric's space, cut: [..., K, sub_vectors, N, D / sub_vectors]."""
         z = x if self.metric == "euclidean" else x @ state["chol"]

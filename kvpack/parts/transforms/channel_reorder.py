@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from kvpack.core.errors import KvpackError
 from kvpack.core.lazy import torch
 from kvpack.core.roles import Transform
+from kvpack.core.rows import Place
 from kvpack.core.types import Shape, Site, Stat, State, Stats, TensorSpec
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ class ChannelReorder(Transform):
     the source channel k*D + d of every output channel; its shape remembers the heads. Source:
     RotateKV, arXiv 2501.16383, algorithm 1.
     """
+
+    in_rows: ClassVar[bool] = True
 
     def requires(self) -> frozenset[Stat]:
         """Sums of every channel of the input."""
@@ -60,3 +63,7 @@ class ChannelReorder(Transform):
         merged = z.float().squeeze(1)
         x = torch.empty_like(merged).index_copy_(-1, state["perm"].flatten().long(), merged)
         return torch.unflatten(x, -1, tuple(state["perm"].shape)).transpose(1, 2)
+
+    def row_steps(self, state: State, at: Site, channels: int) -> tuple[Place]:
+        """The order that undoes the permutation."""
+        return (Place(state["perm"].flatten().argsort()),)

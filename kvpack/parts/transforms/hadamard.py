@@ -9,6 +9,7 @@ from kvpack import ops
 from kvpack.core.errors import KvpackError
 from kvpack.core.lazy import torch
 from kvpack.core.roles import Transform
+from kvpack.core.rows import Spread
 from kvpack.core.types import Shape, Site, State
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class Hadamard(Transform):
     """
 
     orthonormal: ClassVar[bool] = True
+    in_rows: ClassVar[bool] = True
 
     heads: int = field(default=1, metadata={"minimum": 1})
 
@@ -58,6 +60,10 @@ class Hadamard(Transform):
             )
         g = at.kv_heads // z.shape[1]
         return torch.unflatten(x, -1, (g, x.shape[-1] // g)).transpose(2, 3).flatten(1, 2) if g > 1 else x
+
+    def row_steps(self, state: State, at: Site, channels: int) -> tuple[Spread]:
+        """The transform of every group of heads."""
+        return (Spread(self._merged(max(1, at.kv_heads)) * channels),)
 
     def dual(self, q: Tensor, state: State, at: Site) -> Tensor | None:
         """The same rotation, as H is orthonormal; None when several heads are rotated together."""

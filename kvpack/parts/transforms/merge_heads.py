@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from kvpack.core.errors import KvpackError
 from kvpack.core.lazy import torch
 from kvpack.core.roles import Transform
+from kvpack.core.rows import Step
 from kvpack.core.types import Shape, Site, State
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ class MergeHeads(Transform):
 
     There is no dual: a query head reads the channels of its own kv head only.
     """
+
+    in_rows: ClassVar[bool] = True
 
     def shape(self, shape: Shape) -> Shape:
         """[B, K, T, D] -> [B, 1, T, K*D]."""
@@ -43,6 +46,10 @@ class MergeHeads(Transform):
             )
         heads = (at.kv_heads, z.shape[-1] // at.kv_heads)
         return torch.unflatten(z.float().squeeze(1), -1, heads).transpose(1, 2)
+
+    def row_steps(self, state: State, at: Site, channels: int) -> tuple[Step, ...]:
+        """None: the heads lie side by side already."""
+        return ()
 
     def gradient(self, g: Tensor, state: State, at: Site) -> Tensor:
         """Gradients move with their channels."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from kvpack import kernels
 from kvpack.core.roles import Transform
+from kvpack.core.rows import Turn
 from kvpack.core.types import Site, State
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ class Unrope(Transform):
 
     linear: ClassVar[bool] = False
     needs_rope: ClassVar[bool] = True
+    in_rows: ClassVar[bool] = True
 
     def forward(self, x: Tensor, state: State, at: Site) -> Tensor:
         """Rotate `x` [B, K, T, D] back to position 0."""
@@ -33,6 +36,11 @@ class Unrope(Transform):
         """Rotate `z` to its positions again."""
         rope, positions = at.rotary("unrope")
         return rope.apply(z.float(), positions)
+
+    def row_steps(self, state: State, at: Site, channels: int) -> tuple[Turn]:
+        """The turn of every head."""
+        rope, positions = at.rotary("unrope")
+        return (kernels.rows.turn(rope, positions, channels),)
 
     def gradient(self, g: Tensor, state: State, at: Site) -> Tensor:
         """Gradients rotate as keys do, but for the length of the rotation, which is one."""
