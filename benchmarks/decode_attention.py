@@ -7,7 +7,9 @@ reads everything. Contenders take turns, so that drifts of the machine hit all o
     python benchmarks/decode_attention.py --recipes kivi@4bit kivi --contexts 4096 16384 65536
     python benchmarks/decode_attention.py --threads 1 --clock cpu    # on a machine that others use
 
-"bytes" are what the cache holds; "GB/s" relates what a step must read at least, these bytes, to its time.
+"packed heads" is the fastest way to call sdpa that we know: the query heads of a KV head as if they
+were queries of one head; transformers takes it only where there is a mask. "MB" are what the cache
+holds, "GB/s" relates what a step must read at least, these bytes, to its time.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from torch.nn import functional
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -44,7 +47,7 @@ from tests.tiny_models import make_tokenizer
 CHUNK = 2048
 """Tokens that fill a cache at a time."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
-PLAIN, QUANTISED = "DynamicCache, sdpa", "QuantizedCache fp8"
+PLAIN, PACKED, QUANTISED = "DynamicCache, sdpa", "DynamicCache, packed heads", "QuantizedCache fp8"
 
 
 @dataclass
@@ -101,7 +104,7 @@ def plans_of(model: Any, recipe: str) -> tuple[KVLayerPlan, ...]:
 
 def fill(model: Any, options: argparse.Namespace, tokens: int) -> list[Contender]:
     """Caches that hold the same random keys and values."""
-    plain = [(PLAIN, DynamicCache()), (QUANTISED, plain_cache(model, "fp8"))]
+    plain = [(PLAIN, DynamicCache()), (PACKED, DynamicCache()), (QUANTISED, plain_cache(model, "fp8"))]
     packed = [(recipe, KVPackCache(make_scheme(plans_of(model, recipe), {}))) for recipe in options.recipes]
     generator = torch.Generator().manual_seed(0)
     for start in range(0, tokens, CHUNK):
@@ -122,6 +125,14 @@ def fill(model: Any, options: argparse.Namespace, tokens: int) -> list[Contender
 
         return step
 
+    def packed_heads_step(cache: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            held = cache.update(key, value, 0)
+            rows = query.reshape(1, options.kv_heads, -1, options.head_dim)
+            return functional.scaled_dot_product_attention(rows, *held, scale=scaling)
+
+        return step
+
     def packed_step(cache: KVPackCache) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             cache.begin(1, 1)
@@ -136,7 +147,14 @@ def fill(model: Any, options: argparse.Namespace, tokens: int) -> list[Contender
         return step
 
     return [
-        *(Contender(name, plain_step(cache), lambda c=cache: tensor_nbytes(c)[1]) for name, cache in plain),
+        *(
+            Contender(
+                name,
+                packed_heads_step(cache) if name == PACKED else plain_step(cache),
+                lambda c=cache: tensor_nbytes(c)[1],
+            )
+            for name, cache in plain
+        ),
         *(Contender(name, packed_step(cache), lambda c=cache: c.allocated_nbytes) for name, cache in packed),
     ]
 

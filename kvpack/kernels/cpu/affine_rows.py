@@ -73,23 +73,27 @@ def _read_grid(f: Any, b: Any, k: Any, entry: Any, count: Any, step: Any, offset
 @device
 def _by_token_group(f: Any, b: Any, k: Any, start: Any, count: Any, rows: Any, step: Any, offset: Any) -> Any:
     """Rows whose groups are tokens: channels have steps of their own."""
-    channels, bits, zeros, current = at(f, 7), at(f, 28), at(f, 30), -1
+    channels, bits, zeros, group, stride = at(f, 7), at(f, 28), at(f, 30), at(f, 23), at(f, 14)
     whole = channels // LANES * LANES
     first = at(f, 11) + b * at(f, 12) + k * at(f, 13)
-    for i in range(count):
-        entry, source, row = (
-            (start + i) // at(f, 23),
-            first + (start + i) * at(f, 14),
-            rows + 4 * i * channels,
-        )
-        if entry != current:
-            current = entry
-            _read_grid(f, b, k, entry, channels, step, offset)
-        if whole:
-            vectors.decode_each(source, row, step, offset, whole, bits, 0 if zeros == OFFSET else 1)
-        for j in range(whole, channels):
-            pair = jit.read_float(step + 4 * j), jit.read_float(offset + 4 * j)
-            jit.write_float(row + 4 * j, _number(_code(source, j, channels, bits), *pair, zeros))
+    done = 0
+    while done < count:
+        entry = (start + done) // group
+        together = min(count - done, (entry + 1) * group - start - done)
+        source, row = first + (start + done) * stride, rows + 4 * done * channels
+        _read_grid(f, b, k, entry, channels, step, offset)
+        if whole == channels:
+            centred = 0 if zeros == OFFSET else 1
+            vectors.decode_rows_each(source, stride, row, step, offset, channels, together, bits, centred)
+        else:
+            for i in range(together):
+                place, target = source + i * stride, row + 4 * i * channels
+                if whole:
+                    vectors.decode_each(place, target, step, offset, whole, bits, 0 if zeros == OFFSET else 1)
+                for j in range(whole, channels):
+                    pair = jit.read_float(step + 4 * j), jit.read_float(offset + 4 * j)
+                    jit.write_float(target + 4 * j, _number(_code(place, j, channels, bits), *pair, zeros))
+        done += together
 
 
 @device
@@ -97,19 +101,22 @@ def _by_channel_group(
     f: Any, b: Any, k: Any, start: Any, count: Any, rows: Any, step: Any, offset: Any
 ) -> Any:
     """Rows whose groups are neighbouring channels."""
-    channels, bits, zeros, group = at(f, 7), at(f, 28), at(f, 30), at(f, 23)
-    groups = (channels + group - 1) // group
-    first = at(f, 11) + b * at(f, 12) + k * at(f, 13)
+    channels, bits, zeros, group, stride = at(f, 7), at(f, 28), at(f, 30), at(f, 23), at(f, 14)
+    groups, centred = (channels + group - 1) // group, 0 if zeros == OFFSET else 1
+    first = at(f, 11) + b * at(f, 12) + k * at(f, 13) + start * stride
     _read_grid(f, b, k, start, count * groups, step, offset)
+    if group % LANES == 0 and groups * group == channels:
+        vectors.decode_rows_grouped(first, stride, rows, step, offset, group, groups, count, bits, centred)
+        return
     for i in range(count):
-        source, row = first + (start + i) * at(f, 14), rows + 4 * i * channels
+        source, row = first + i * stride, rows + 4 * i * channels
         for g in range(groups):
             place = 4 * (i * groups + g)
             pair = jit.read_float(step + place), jit.read_float(offset + place)
             begin, end = g * group, min(channels, (g + 1) * group)
             whole = begin if group % LANES else begin + (end - begin) // LANES * LANES
             if whole > begin:
-                codes, centred = source + begin * bits // 8, 0 if zeros == OFFSET else 1
+                codes = source + begin * bits // 8
                 vectors.decode_same(codes, row + 4 * begin, pair[0], pair[1], whole - begin, bits, centred)
             for j in range(whole, end):
                 jit.write_float(row + 4 * j, _number(_code(source, j, channels, bits), *pair, zeros))

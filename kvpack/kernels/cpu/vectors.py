@@ -145,6 +145,113 @@ def decode_same(
 
 
 @intrinsic
+def decode_rows_each(
+    typing: Any,
+    codes: Any,
+    stride: Any,
+    out: Any,
+    step: Any,
+    offset: Any,
+    count: Any,
+    rows: Any,
+    bits: Any,
+    centred: Any,
+) -> Any:
+    """`decode_each` for `rows` rows, `stride` bytes apart, with the same steps and offsets."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        codes, stride, out, step, offset, count, rows, bits, centred = arguments
+        width_bytes = builder.mul(count, I64(4))
+
+        def emit(width: int, is_centred: bool) -> None:
+            def row(index: Any, values: list[Any]) -> list[Any]:
+                first, target = (
+                    builder.add(base, builder.mul(index, size))
+                    for base, size in ((codes, stride), (out, width_bytes))
+                )
+
+                def body(at: Any, inner: list[Any]) -> list[Any]:
+                    place = builder.mul(at, I64(4))
+                    source = builder.add(first, builder.lshr(builder.mul(at, I64(width)), I64(3)))
+                    steps, offsets = (
+                        load(builder, builder.add(base, place), FLOATS) for base in (step, offset)
+                    )
+                    number = _number(builder, _codes(builder, source, width), steps, offsets, is_centred)
+                    store(builder, number, builder.add(target, place))
+                    return inner
+
+                loop(builder, count, LANES, [], body)
+                return values
+
+            loop(builder, rows, 1, [], row)
+
+        _for_width(builder, bits, centred, emit)
+        return context.get_dummy_value()
+
+    return types.void(*[ADDRESS] * 9), generate
+
+
+@intrinsic
+def decode_rows_grouped(
+    typing: Any,
+    codes: Any,
+    stride: Any,
+    out: Any,
+    step: Any,
+    offset: Any,
+    group: Any,
+    groups: Any,
+    rows: Any,
+    bits: Any,
+    centred: Any,
+) -> Any:
+    """`decode_same` for `rows` rows of `groups` groups of `group` codes, a multiple of 16.
+
+    Steps and offsets [rows, groups] lie one after another, and so do the rows that are written.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        codes, stride, out, step, offset, group, groups, rows, bits, centred = arguments
+        group_bytes = builder.mul(group, I64(4))
+
+        def emit(width: int, is_centred: bool) -> None:
+            code_bytes = builder.lshr(builder.mul(group, I64(width)), I64(3))
+
+            def row(index: Any, values: list[Any]) -> list[Any]:
+                first = builder.add(codes, builder.mul(index, stride))
+                begin = builder.mul(index, groups)
+
+                def one(g: Any, middle: list[Any]) -> list[Any]:
+                    entry = builder.add(begin, g)
+                    place = builder.mul(entry, I64(4))
+                    steps, offsets = (
+                        splat(builder, load(builder, builder.add(base, place), F32))
+                        for base in (step, offset)
+                    )
+                    start = builder.add(first, builder.mul(g, code_bytes))
+                    target = builder.add(out, builder.mul(entry, group_bytes))
+
+                    def body(at: Any, inner: list[Any]) -> list[Any]:
+                        source = builder.add(start, builder.lshr(builder.mul(at, I64(width)), I64(3)))
+                        number = _number(builder, _codes(builder, source, width), steps, offsets, is_centred)
+                        store(builder, number, builder.add(target, builder.mul(at, I64(4))))
+                        return inner
+
+                    loop(builder, group, LANES, [], body)
+                    return middle
+
+                loop(builder, groups, 1, [], one)
+                return values
+
+            loop(builder, rows, 1, [], row)
+
+        _for_width(builder, bits, centred, emit)
+        return context.get_dummy_value()
+
+    return types.void(*[ADDRESS] * 10), generate
+
+
+@intrinsic
 def dot(typing: Any, a: Any, b: Any, count: Any) -> Any:
     """The product of two rows of `count` float32 numbers, a multiple of 16, at addresses."""
 
