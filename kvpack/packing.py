@@ -16,7 +16,7 @@ from kvpack.core.errors import KvpackError
 from kvpack.core.model_spec import Projection
 from kvpack.core.pieces import row_pieces
 from kvpack.core.roles import Codec, Part
-from kvpack.core.types import Solution, State
+from kvpack.core.types import Payload, Solution, State
 from kvpack.folding import Folding
 from kvpack.recipe.basis import BasisPlan, basis_state
 from kvpack.recipe.inputs_plan import basis_name
@@ -174,22 +174,24 @@ class Packing:
 
 def relative_error(matrix: Tensor, codec: Codec, found: Solution) -> float:
     """``|W - W_hat| / |W|`` in the Frobenius norm, to six digits; 0 for a zero matrix."""
-    import torch
-
     lost = whole = 0.0
     for start, stop in row_pieces(matrix.shape[0], matrix.shape[1], codec.token_block):
-        exact = matrix[start:stop].to(torch.promote_types(matrix.dtype, torch.float32))
-        decoded = codec.decode(found.payload.rows(start, stop), found.state, torch.float32)
-        lost += _squares(exact - decoded)
-        whole += _squares(exact)
+        sums = _squares(matrix[start:stop], codec, found.payload.rows(start, stop), found.state)
+        lost, whole = lost + sums[0], whole + sums[1]
     return float(f"{math.sqrt(lost / whole):.6g}") if whole else 0.0
 
 
-def _squares(rows: Tensor) -> float:
-    """Sum of squares: within a row in its own dtype, over rows in float64."""
+def _squares(rows: Tensor, codec: Codec, payload: Payload, state: State) -> tuple[float, float]:
+    """Sums of the squares of what the codes of `rows` lose, and of `rows`."""
     import torch
 
-    return float(torch.linalg.vector_norm(rows, dim=-1).double().square().sum())
+    from kvpack import kernels, ops
+
+    coded = codec.coded_rows(payload, state)
+    if coded is not None and coded.kind == "even" and coded.of == 1 and coded.width == coded.channels:
+        grid = coded.first, coded.second, coded.bits, "channel", coded.group, coded.channels
+        return kernels.affine_encode.lost(rows, ops.packed_affine.AffineCodes(coded.codes, *grid))
+    return kernels.affine_encode.squares(rows, codec.decode(payload, state, torch.float32))
 
 
 def _check(weight: WeightPlan, tensors: Mapping[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvpack.kernels import affine as affine
+    from kvpack.kernels import affine_encode as affine_encode
     from kvpack.kernels import choice as choice
     from kvpack.kernels import lookup as lookup
     from kvpack.kernels import rows as rows

@@ -106,7 +106,8 @@ def warm_up() -> None:
     Does nothing where the CPU's kernels are not used.
     """
     if found("cpu").used:
-        from kvpack.kernels.cpu import affine_rows, integer_rows
+        from kvpack.kernels.cpu import affine_encode_rows, affine_rows, integer_rows
 
         affine_rows.entry()
+        affine_encode_rows.entry()
         integer_rows.entry()

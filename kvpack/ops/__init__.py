@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvpack.ops import affine as affine
+    from kvpack.ops import affine_encode as affine_encode
     from kvpack.ops import attention_scores as attention_scores
     from kvpack.ops import bits as bits
     from kvpack.ops import block_float as block_float

@@ -13,20 +13,19 @@ FlashAttention, arXiv 2205.14135, algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from kvpack import kernels
-from kvpack.core.rows import Step, TokenRows, Turn
+from kvpack.kernels import choice
 from kvpack.runtime.overlay import Overlay
 from kvpack.runtime.plane import PlaneCache
-from kvpack.runtime.tier import Tier
+from kvpack.runtime.sides import Keys, Values
 from kvpack.runtime.tokens import TokenTrack
 
 BLOCK_SCORES = 1 << 18
@@ -74,139 +73,21 @@ class _Running:
         self.values[coded] = self.values[coded] + mixed if coded in self.values else mixed
         self.maximum = maximum
 
+    def join(self, values: Tensor, maximum: Tensor, total: Tensor) -> None:
+        """Take in weighted values [B, K, M, D] in the basis of the codes, with their maxima and sums."""
+        highest = torch.maximum(self.maximum, maximum)
+        finite = highest.masked_fill(highest == -torch.inf, 0.0)
+        before, now = torch.exp(self.maximum - finite), torch.exp(maximum - finite)
+        self.total = self.total * before + total * now
+        for held in self.values.values():
+            held.mul_(before.unsqueeze(-1))
+        added = values * now.unsqueeze(-1)
+        self.values[True] = self.values[True] + added if True in self.values else added
+        self.maximum = highest
+
     def add_sinks(self, scores: Tensor) -> None:
         """Take in one score [1, K, M] for every row that brings no value."""
         self.total = self.total + torch.exp(scores - self.maximum)
-
-
-class _Plane:
-    """Keys or values of a step: which stretch of slots lies where."""
-
-    def __init__(self, plane: PlaneCache, track: TokenTrack) -> None:
-        self.plane, self.track = plane, track
-
-    def edges(self) -> Iterator[int]:
-        """Slots at which tiers, runs of blocks and the tail begin."""
-        slot = self.plane.boundary - self.plane.stored_tokens
-        for tier in reversed(self.plane.tiers):
-            for length in tier.store.lengths():
-                yield slot
-                slot += length
-        yield self.plane.tail_start
-
-    def tier_of(self, slot: int) -> tuple[Tier, int] | None:
-        """The tier that holds a slot, and how many of its tokens are older; None for the tail."""
-        if slot >= self.plane.boundary:
-            return None
-        first = self.plane.boundary - self.plane.stored_tokens
-        for tier in reversed(self.plane.tiers):
-            if slot < first + tier.tokens:
-                return tier, slot - first
-            first += tier.tokens
-        return None
-
-    def exact(self, start: int, stop: int) -> Tensor:
-        """Slots of the tail, float32 [B, K, t, D]."""
-        tail = self.plane.tail[:, :, start - self.plane.tail_start : stop - self.plane.tail_start]
-        return tail.float()
-
-    def rows(self, tier: Tier, skip: int, start: int, stop: int) -> tuple[TokenRows, int, int]:
-        """Coded slots for loops that transform them back row by row; others before and behind them."""
-        found, before, behind = tier.rows(skip, stop - start)
-        steps: list[Step] = []
-        heads = self.plane.tail.shape[1] // self.plane.coded_shape[1]
-        for step in self._steps(start, stop):
-            if isinstance(step, Turn) and before + behind:
-                own, other = (pad(t, (0, 0, before, behind)) for t in (step.own, step.other))
-                steps.append(Turn(own, other, step.partner))
-            else:
-                steps.append(step)
-        return found._replace(steps=tuple(steps), heads=heads), before, behind
-
-    def _steps(self, start: int, stop: int) -> Iterator[Step]:
-        """How rows come back to the model's basis; what depends on positions is shared by all layers."""
-        shape, found = tuple(self.plane.tail.shape), []
-        for transform, state, site in self.plane.transforms:
-            if transform.needs_rope:
-                known, key = self.track.turns, (transform, site.rope, shape[3], start, stop)
-                if key not in known:
-                    at = replace(site, positions=self.track.positions_of(start, stop))
-                    known[key] = transform.row_steps(state, at, shape[3])
-                found.append(known[key])
-            else:
-                found.append(transform.row_steps(state, site, shape[3]))
-            shape = transform.shape(shape)
-        return (step for steps in reversed(found) for step in steps)
-
-    def decoded(self, tier: Tier, skip: int, start: int, stop: int) -> Tensor:
-        """Coded slots in the model's basis, float32 [B, K, t, D]."""
-        x = tier.decode(skip, stop - start)
-        positions = self.track.positions_of(start, stop)
-        for transform, state, site in reversed(self.plane.transforms):
-            x = transform.inverse(x, state, replace(site, positions=positions))
-        return x
-
-
-class _Keys(_Plane):
-    """Scores of queries [B, K, M, D], which are scaled already."""
-
-    def __init__(self, plane: PlaneCache, track: TokenTrack, query: Tensor) -> None:
-        super().__init__(plane, track)
-        self.query = query
-        self.dual = self._dual()
-
-    def _dual(self) -> Tensor | None:
-        """The queries in the basis of the codes, None where there is no such thing."""
-        if not self.plane.keeps_heads:
-            return None
-        query: Tensor | None = self.query
-        for transform, state, site in self.plane.transforms:
-            query = None if query is None else transform.dual(query, state, site)
-        return query
-
-    def scores(self, start: int, stop: int) -> Tensor:
-        """[B, K, M, stop - start]."""
-        found = self.tier_of(start)
-        if found is None:
-            return self.query @ self.exact(start, stop).mT
-        tier, skip = found
-        if self.dual is None and self.plane.in_rows:
-            rows, before, _ = self.rows(tier, skip, start, stop)
-            return kernels.rows.scores(self.query, rows)[..., before : before + stop - start]
-        if self.dual is None:
-            return self.query @ self.decoded(tier, skip, start, stop).mT
-        return tier.scores(self.dual, skip, stop - start)
-
-
-class _Values(_Plane):
-    """Sums of values with weights [B, K, M, t], in the basis of the codes where that is possible."""
-
-    def __init__(self, plane: PlaneCache, track: TokenTrack) -> None:
-        super().__init__(plane, track)
-        self.on_codes = plane.keeps_heads and all(t.linear for t, _, _ in plane.transforms)
-
-    def mix(self, weights: Tensor, start: int, stop: int) -> tuple[Tensor, bool]:
-        """[B, K, M, D], and whether it is still in the basis of the codes."""
-        found = self.tier_of(start)
-        if found is None:
-            return weights @ self.exact(start, stop), False
-        tier, skip = found
-        if not self.on_codes and self.plane.in_rows:
-            rows, before, behind = self.rows(tier, skip, start, stop)
-            weights = pad(weights, (before, behind)) if before + behind else weights
-            return kernels.rows.mix(weights, rows), False
-        if not self.on_codes:
-            return weights @ self.decoded(tier, skip, start, stop), False
-        return tier.mix(weights, skip, stop - start), True
-
-    def whole(self, found: Mapping[bool, Tensor]) -> Tensor:
-        """All sums in the model's basis, together."""
-        if True not in found:
-            return found[False]
-        x = found[True]
-        for transform, state, site in reversed(self.plane.transforms):
-            x = transform.inverse(x, state, replace(site, positions=None))
-        return x + found[False] if False in found else x
 
 
 class _Masks:
@@ -214,6 +95,7 @@ class _Masks:
 
     def __init__(self, call: Call, overlay: Overlay, kv_heads: int, start: int, stop: int) -> None:
         self.start, self.overlay = start, overlay
+        self.batch, self.device = len(call.query), call.query.device
         self.given = _by_rows(call, kv_heads, stop - start)
         self.hidden = overlay.mask(len(call.query), start, stop)
 
@@ -225,6 +107,15 @@ class _Masks:
         if self.hidden is not None:
             scores.masked_fill_(self.hidden[:, None, None, place], -torch.inf)
         return scores
+
+    def of_tokens(self, begin: int, end: int) -> Tensor | Literal[False] | None:
+        """The mask of slots [B, t]; None where there is none, False where queries of a row differ."""
+        if self.given is not None and self.given.shape[1:3].numel() > 1:
+            return False
+        if self.given is None and self.hidden is None:
+            return None
+        empty = torch.zeros((self.batch, 1, 1, end - begin), device=self.device)
+        return self.applied(empty, begin, end)[:, 0, 0].contiguous()
 
     def protected(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """Exact keys and values [B, K, n, D] of protected slots, and their mask; None if there are none."""
@@ -268,10 +159,15 @@ def attend(
     batch, heads, tokens, channels = call.query.shape
     kv_heads = keys.tail.shape[1]
     rows = call.query.float().mul(call.scaling).reshape(batch, kv_heads, -1, channels)
-    key_side, value_side = _Keys(keys, track, rows), _Values(values, track)
+    key_side, value_side = Keys(keys, track, rows), Values(values, track)
     masks, running = _Masks(call, overlay, kv_heads, start, keys.length), _Running(rows)
-    most = max(1, BLOCK_SCORES // (batch * heads * tokens))
+    # One kernel of a GPU holds no scores of more than a tile.
+    most = keys.length if choice.on_gpu(call.query) else max(1, BLOCK_SCORES // (batch * heads * tokens))
     for begin, end in _blocks(start, keys.length, (*key_side.edges(), *value_side.edges()), most):
+        found = _together(call, key_side, value_side, masks, begin, end)
+        if found is not None:
+            running.join(*found)
+            continue
         scores = masks.applied(_capped(key_side.scores(begin, end), call.softcap), begin, end)
         running.add(scores, partial(value_side.mix, start=begin, stop=end))
     protected = masks.protected()
@@ -285,6 +181,21 @@ def attend(
     # Where a query may read nothing at all the sums are zero, and stay so.
     out = value_side.whole(running.values) / total.masked_fill(total == 0, 1.0)
     return out.reshape(batch, heads, tokens, channels).transpose(1, 2).to(call.query.dtype).contiguous()
+
+
+def _together(
+    call: Call, keys: Keys, values: Values, masks: _Masks, begin: int, end: int
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Weighted values, maxima and sums of weights from one kernel; None where there is none for it."""
+    if not choice.on_gpu(call.query) or keys.dual is None or not values.on_codes:
+        return None
+    key, value, mask = keys.coded(begin, end), values.coded(begin, end), masks.of_tokens(begin, end)
+    if key is None or value is None or key.before != value.before or mask is False:
+        return None
+    query = keys.dual.to(call.query.dtype)
+    return key.codec.attend(
+        query, key.payload, value.codec, value.payload, key.before, end - begin, mask, call.softcap
+    )
 
 
 def _blocks(start: int, stop: int, edges: Iterable[int], most: int) -> Iterator[tuple[int, int]]:

@@ -117,6 +117,11 @@ class Tier:
             weights = torch.nn.functional.pad(weights, (piece.start, piece.tokens - piece.stop))
         return self.codec.mix(weights, self._payload(piece), self.state)
 
+    def stored(self, skip: int, tokens: int) -> tuple[Payload, int]:
+        """The payload of the `tokens` tokens after the `skip` oldest; others in it stand before them."""
+        piece = self.store.piece(skip, tokens)
+        return self._payload(piece), piece.start
+
     @property
     def in_rows(self) -> bool:
         """Whether compiled loops can decode the tokens one after another."""

@@ -205,6 +205,23 @@ class Codec(Part, ABC):
         weights = weights.float()
         return weights @ self.decode(payload, state, weights.dtype)
 
+    def attend(
+        self,
+        query: Tensor,
+        payload: Payload,
+        values: Codec,
+        value_payload: Payload,
+        start: int,
+        tokens: int,
+        mask: Tensor | None,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Unnormalised attention over keys of this codec and values of another in one kernel.
+
+        None, the default, where there is none; arguments and results as of `kvpack.kernels.affine.attention`.
+        """
+        return None
+
     @property
     def reads_codes(self) -> bool:
         """Whether `scores` and `mix` compute on the codes, without holding decoded tokens."""

@@ -94,12 +94,12 @@ class Affine(GridCodec):
     def grid(self, x: Tensor, valid: Tensor | None = None) -> State:
         """Scale and zero of every group of `x` [..., T, D]."""
         axis, size = self.group.axis, self.group.size
-        mask = None
         if valid is not None and axis == "token":
             mask = ops.affine.split(ops.rows.mask(valid, x), axis, size)
-        low, high = ops.affine.value_range(
-            ops.affine.split(x.float(), axis, size), ops.affine.group_axis(axis), mask
-        )
+            groups = ops.affine.split(x.float(), axis, size)
+            low, high = ops.affine.value_range(groups, ops.affine.group_axis(axis), mask)
+        else:
+            low, high = kernels.affine_encode.value_range(x, axis, size)
         return ops.affine.fit(low, high, self.bits, self.zero, getattr(torch, self.scale_dtype), self.clip)
 
     def snap(self, x: Tensor, grid: State) -> Tensor:
@@ -129,9 +129,15 @@ class Affine(GridCodec):
 
     def encode(self, x: Tensor, state: State, valid: Tensor | None = None) -> Payload:
         """Fit a grid to `x` and round to it."""
-        x = x.float()
-        grid = self.grid(x, valid)
-        return self.assemble(self.snap(x, grid), grid)
+        axis, size, bits = self.group.axis, self.group.size, self.bits
+        if valid is not None and axis == "token":
+            grid = self.grid(x, valid)
+            zero = grid.get("zero")
+            codes = kernels.affine_encode.codes(x, grid["scale"], zero, bits, axis, size)
+        else:
+            stored = getattr(torch, self.scale_dtype)
+            codes, grid = kernels.affine_encode.encode(x, bits, self.zero, stored, self.clip, axis, size)
+        return Payload({"codes": codes, **grid}, tuple(x.shape))
 
     def decode(self, payload: Payload, state: State, dtype: torch.dtype) -> Tensor:
         """The approximation in `dtype`."""
@@ -153,6 +159,23 @@ class Affine(GridCodec):
     def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
         """Sums of the codes, a few rows at a time."""
         return kernels.affine.mix(weights, self._packed(payload))
+
+    def attend(
+        self,
+        query: Tensor,
+        payload: Payload,
+        values: Codec,
+        value_payload: Payload,
+        start: int,
+        tokens: int,
+        mask: Tensor | None,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """On a GPU, where the values are affine codes as well."""
+        if not isinstance(values, Affine):
+            return None
+        coded = self._packed(payload), values._packed(value_payload)
+        return kernels.affine.attention(query, *coded, start, tokens, mask, softcap)
 
     def coded_rows(self, payload: Payload, state: State) -> CodedRows | None:
         """Codes and grids, where groups are channels."""
