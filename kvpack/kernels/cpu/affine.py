@@ -70,9 +70,7 @@ def _columns(x: AffineCodes, start: int, stop: int) -> AffineCodes:
     groups = slice(start // x.group, -(-stop // x.group))
     zero = None if x.zero is None else x.zero[..., groups]
     codes = x.codes[..., start * x.bits // 8 : -(-stop * x.bits // 8)]
-    return x._replace(
-        codes=codes, scale=x.scale[..., groups], zero=zero, channels=stop - start, size=x.group
-    )
+    return x._replace(codes=codes, scale=x.scale[..., groups], zero=zero, channels=stop - start, size=x.group)
 
 
 class _Rows(NamedTuple):
