@@ -7,7 +7,9 @@ allow that one only; "auto", the default, allows all that this machine has.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
+import warnings
 from dataclasses import dataclass
 from importlib import metadata, util
 from typing import TYPE_CHECKING
@@ -50,11 +52,20 @@ def _cpu(wanted: str) -> Found:
     if wanted not in ("auto", "numba"):
         return Found("cpu", "reference", False, f"{VARIABLE}={wanted}")
     try:
-        version = metadata.version("numba")
-        from kvpack.kernels.cpu import pool
-    except (metadata.PackageNotFoundError, ImportError, OSError) as error:
-        return Found("cpu", "reference", False, f"numba cannot be used: {error}")
-    return Found("cpu", "numba", True, f"numba {version}, {pool.description()}")
+        return Found("cpu", "numba", True, f"numba {metadata.version('numba')}")
+    except metadata.PackageNotFoundError:
+        return Found("cpu", "reference", False, "numba is not installed")
+
+
+@functools.cache
+def _loads() -> bool:
+    """Whether numba can be imported; says so where it cannot, and the reference takes over."""
+    try:
+        importlib.import_module("kvpack.kernels.cpu.pool")
+    except (ImportError, OSError) as error:
+        warnings.warn(f"kvpack's kernels cannot be used, decoding will be slow: {error}", stacklevel=2)
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=8)
@@ -84,7 +95,7 @@ def found(device: str) -> Found:
 
 def on_cpu(*tensors: torch.Tensor | None) -> bool:
     """Whether the CPU's kernels compute with these tensors."""
-    return all(t is None or t.device.type == "cpu" for t in tensors) and found("cpu").used
+    return all(t is None or t.device.type == "cpu" for t in tensors) and found("cpu").used and _loads()
 
 
 def on_gpu(*tensors: torch.Tensor | None) -> bool:
@@ -105,7 +116,7 @@ def warm_up() -> None:
 
     Does nothing where the CPU's kernels are not used.
     """
-    if found("cpu").used:
+    if found("cpu").used and _loads():
         from kvpack.kernels.cpu import affine_encode_rows, affine_rows, integer_rows
 
         affine_rows.entry()

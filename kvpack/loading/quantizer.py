@@ -78,6 +78,7 @@ class KvpackQuantizer(HfQuantizer):
         from kvpack.loading.load import finish
 
         self.hashing.result()
+        del self.hashing  # or models, which keep their quantizer, could not be copied
         finish(model, self.artifact, self.dtype)
         del model.config.transformers_weights
         return model

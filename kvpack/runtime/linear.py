@@ -132,7 +132,7 @@ class PackedTensors(nn.Module):
     def products_of_decoded(self, x: Tensor) -> Tensor:
         """``x W^T`` [N, R] of rows `x` [N, C]; the weight is decoded some rows at a time."""
         codec, (rows, channels) = self.packed.codec, self.packed.shape
-        (payload, state), dtype = self._coded(), linear_paths.dense_dtype(x)
+        (payload, state), dtype = self._coded(), linear_paths.dense_dtype(self, x)
         numbers, out = x.to(dtype), x.new_empty((len(x), rows))
         step = max(1, PIECE_NUMBERS // channels // codec.token_block) * codec.token_block
         for start in range(0, rows, step):

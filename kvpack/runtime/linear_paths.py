@@ -42,19 +42,20 @@ Products = Callable[[Tensor], Tensor]
 def on_codes(weight: PackedTensors, x: Tensor) -> bool:
     """Whether the rows `x` [N, C] are multiplied with the codes of a weight."""
     rows, codec = x.shape[0], weight.packed.codec
-    if rows > MOST_ROWS or x.dtype == torch.float64 or not codec.reads_codes:
+    if rows > MOST_ROWS or x.dtype == torch.float64 or codec.exact or not codec.reads_codes:
         return False
     if not choice.found(x.device.type).used:
         return False
     return rows <= 1 or rows <= _most_rows(weight, x)
 
 
-def dense_dtype(x: Tensor) -> torch.dtype:
+def dense_dtype(weight: PackedTensors, x: Tensor) -> torch.dtype:
     """In which dtype decoded weights are multiplied with `x`: its own, or float32 where that is faster.
 
-    Processors without instructions for 16-bit floats multiply them many times slower.
+    Processors without instructions for 16-bit floats multiply them many times slower. A weight that is
+    stored exactly is multiplied as the source does it.
     """
-    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16) or weight.packed.codec.exact:
         return x.dtype
     name = str(x.dtype).removeprefix("torch.")
     faster = _remembered(f"{name} matrix products", lambda: _float32_is_faster(x.dtype))

@@ -10,7 +10,9 @@ import pytest
 
 from tests.cli.conftest import Kvpack
 
-PROGRESS = re.compile(r"(check|decode|compare|evaluate) \d+/\d+(, \d+:\d+ left)?, peak \d+\.\d\d GiB(  \S+)?")
+PROGRESS = re.compile(
+    r"(check|decode|compare|evaluate) \d+/\d+(, \d+:\d+ left)?, peak \d+\.\d\d GiB(  \S.*)?"
+)
 
 
 def test_nothing_but_the_result_and_progress_is_printed(

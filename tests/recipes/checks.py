@@ -146,7 +146,9 @@ def check_logits(made: Made, model: PreTrainedModel, tokens: Tensor) -> None:
         expected = fake_quantised(made)(tokens, use_cache=False).logits
         found = model(tokens, use_cache=False).logits
     assert found.dtype == expected.dtype
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    # In 16 bits the two differ in where they round: a packed layer rounds its sums only.
+    tolerance = {torch.bfloat16: 3e-2, torch.float16: 4e-3}.get(found.dtype, 1e-5)
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def mask_activations(made: Made, reference: PreTrainedModel) -> None:

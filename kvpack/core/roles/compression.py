@@ -222,6 +222,9 @@ class Codec(Part, ABC):
         """
         return None
 
+    exact: ClassVar[bool] = False
+    """Whether `decode` gives back what was encoded, bit for bit."""
+
     @property
     def reads_codes(self) -> bool:
         """Whether `scores` and `mix` compute on the codes, without holding decoded tokens."""

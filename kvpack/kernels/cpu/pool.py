@@ -36,11 +36,6 @@ def _executor() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="kvpack-kernels")
 
 
-def description() -> str:
-    """Whose threads compute."""
-    return "on torch's OpenMP threads" if _parallel() is not None else "on Python threads"
-
-
 def threads() -> int:
     """How many threads a kernel may use: torch's setting."""
     return torch.get_num_threads()

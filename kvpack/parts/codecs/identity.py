@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from kvpack import kernels
 from kvpack.core.roles import Codec
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Identity(Codec):
     """Keeps its input bit for bit: the codec of an exact tier."""
+
+    exact: ClassVar[bool] = True
 
     def spec(self, shape: Shape, dtype: str = "float16") -> dict[str, TensorSpec]:
         """One tensor like the input."""
