@@ -33,7 +33,7 @@ from numba.extending import intrinsic
 from kvpack.kernels.cpu import jit, vectors
 from kvpack.kernels.cpu.affine_rows import CENTRED_INTEGER, OFFSET
 from kvpack.kernels.cpu.codes import LANES, WORDS, constant, load, unpack_fields
-from kvpack.kernels.cpu.jit import ADDRESS, ENTRY, F32, I16, I32, I64, at, device
+from kvpack.kernels.cpu.jit import ADDRESS, ENTRY, F32, I8, I16, I32, I64, at, device
 
 PAIRS = ir.VectorType(I32, LANES // 2)
 HALVES = ir.VectorType(F32, LANES // 2)
@@ -77,24 +77,36 @@ def _each_version(builder: Any, key: Any, emit: Callable[[int, bool, int], None]
 
 @intrinsic
 def _row(
-    typing: Any, codes: Any, x: Any, stride: Any, factors: Any, chunks: Any, chunk: Any, out: Any, key: Any
+    typing: Any,
+    codes: Any,
+    x: Any,
+    stride: Any,
+    steps: Any,
+    factors: Any,
+    groups: Any,
+    each: Any,
+    chunk: Any,
+    out: Any,
+    key: Any,
 ) -> Any:
     """Products of one row with vectors [n, C], `stride` numbers apart, to `out` [n].
 
-    `factors` [n, chunks] are those of this row's chunks. `key` selects the version:
+    `steps` [groups] are the row's, `factors` [n, groups * each] the vectors'. `key` selects the version:
     ``bits * 16 + whole words * 8 + n``.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        codes, x, stride, factors, chunks, chunk, out, key = arguments
+        codes, x, stride, steps, factors, groups, each, chunk, out, key = arguments
         stride_bytes = builder.mul(stride, I64(2))
         chunk_bytes = builder.mul(chunk, I64(2))
+        line_bytes = builder.mul(builder.mul(groups, each), I64(4))
 
         def emit(bits: int, fields: bool, count: int) -> None:
             span = LANES * (16 // bits) if fields else LANES
             code_bytes = builder.lshr(builder.mul(chunk, I64(bits)), I64(3))
 
-            def whole_chunk(index: Any, totals: list[Any]) -> list[Any]:
+            def in_chunk(index: Any) -> list[Any]:
+                """Sums of one chunk as integers."""
                 source = builder.add(codes, builder.mul(index, code_bytes))
                 numbers = builder.add(x, builder.mul(index, chunk_bytes))
 
@@ -109,26 +121,70 @@ def _row(
                     return held
 
                 none = [constant(PAIRS, [0] * (LANES // 2))] * count
-                found = vectors.loop(builder, chunk, span, none, step)
-                results = []
-                for n in range(count):
-                    line = builder.add(index, builder.mul(chunks, I64(n)))
-                    factor = load(builder, builder.add(factors, builder.mul(line, I64(4))), F32)
-                    wide = builder.sitofp(found[n], HALVES)
-                    results.append(
-                        vectors.fused(builder, wide, vectors.splat(builder, factor, HALVES), totals[n])
-                    )
-                return results
+                return vectors.loop(builder, chunk, span, none, step)
+
+            def in_group(g: Any, totals: list[Any]) -> list[Any]:
+                scale = load(builder, builder.add(steps, builder.mul(g, I64(4))), F32)
+
+                def one(e: Any, held: list[Any]) -> list[Any]:
+                    index = builder.add(builder.mul(g, each), e)
+                    place = builder.add(factors, builder.mul(index, I64(4)))
+                    results = []
+                    for n, integers in enumerate(in_chunk(index)):
+                        own = load(builder, builder.add(place, builder.mul(line_bytes, I64(n))), F32)
+                        factor = vectors.splat(builder, builder.fmul(scale, own), HALVES)
+                        results.append(
+                            vectors.fused(builder, builder.sitofp(integers, HALVES), factor, held[n])
+                        )
+                    return results
+
+                return vectors.loop(builder, each, 1, totals, one)
 
             nothing = [constant(HALVES, [0.0] * (LANES // 2))] * count
-            totals = vectors.loop(builder, chunks, 1, nothing, whole_chunk)
+            totals = vectors.loop(builder, groups, 1, nothing, in_group)
             for n in range(count):
                 vectors.store(builder, vectors.total(builder, totals[n]), builder.add(out, I64(4 * n)))
 
         _each_version(builder, key, emit)
         return context.get_dummy_value()
 
-    return types.void(*[ADDRESS] * 8), generate
+    return types.void(*[ADDRESS] * 10), generate
+
+
+@intrinsic
+def _sixteen_zeros(typing: Any, zeros: Any, steps: Any, sums: Any, count: Any) -> Any:
+    """The sum of ``zero * step * sum`` over `count` groups, a multiple of 16; zeros are bytes with a sign."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        zeros, steps, sums, count = arguments
+
+        def step(at: Any, held: list[Any]) -> list[Any]:
+            place = builder.mul(at, I64(4))
+            zero = load(builder, builder.add(zeros, at), ir.VectorType(I8, LANES))
+            numbers = builder.sitofp(builder.sext(zero, ir.VectorType(I32, LANES)), vectors.FLOATS)
+            a, b = (load(builder, builder.add(base, place), vectors.FLOATS) for base in (steps, sums))
+            return [vectors.fused(builder, builder.fmul(numbers, a), b, held[0])]
+
+        nothing = constant(vectors.FLOATS, [0.0] * LANES)
+        (result,) = vectors.loop(builder, count, LANES, [nothing], step)
+        return vectors.total(builder, result)
+
+    return types.float32(ADDRESS, ADDRESS, ADDRESS, types.int64), generate
+
+
+@device
+def _zero_term(zeros: Any, zero: Any, half: Any, steps: Any, lows: Any, sums: Any, groups: Any) -> Any:
+    """What codes of 0 stand for, times the sums of the vector: the part of a product without codes."""
+    if zeros == OFFSET:
+        return vectors.product(lows, sums, groups)
+    total = half * vectors.product(steps, sums, groups)
+    if zeros == CENTRED_INTEGER:
+        whole = groups // LANES * LANES
+        if whole:
+            total += _sixteen_zeros(zero, steps, sums, whole)
+        for g in range(whole, groups):
+            total += jit.read_int8(zero + g) * jit.read_float(steps + 4 * g) * jit.read_float(sums + 4 * g)
+    return -total
 
 
 @intrinsic
@@ -199,57 +255,35 @@ def _round_vectors(f: Any, integers: Any, factors: Any, sums: Any, numbers: Any)
 
 
 @device
-def _scale(steps: Any, factors: Any, groups: Any, each: Any, out: Any) -> Any:
-    """The factors of chunks, `each` to a group, with the steps of their groups."""
-    if each == 1:
-        for g in range(groups):
-            jit.write_float(out + 4 * g, jit.read_float(steps + 4 * g) * jit.read_float(factors + 4 * g))
-        return
-    place = 0
-    for g in range(groups):
-        step = jit.read_float(steps + 4 * g)
-        for _ in range(each):
-            jit.write_float(out + place, step * jit.read_float(factors + place))
-            place += 4
-
-
-@device
 def _item(f: Any, first: Any, last: Any, room: Any, words: Any, scales: Any, sums: Any) -> Any:
     """Rows `first` to `last` with the vectors' integers, factors and sums; `room` is scratch."""
     rows, channels, group, chunk, per = at(f, 5), at(f, 6), at(f, 15), at(f, 16), at(f, 22)
-    integers, chunks, groups = at(f, 7) * per, channels // chunk, channels // group
+    integers, chunks, groups, zeros = at(f, 7) * per, channels // chunk, channels // group, at(f, 19)
     half, each = np.float32(1 << (at(f, 17) - 1)), group // chunk
+    version = at(f, 17) * 16 + (8 if at(f, 20) > 1 else 0)
     found, steps = room, room + 4 * 8
     lows = steps + 4 * groups
-    factors = lows + 4 * groups
+    # Beside a float8 step the zero is float16.
+    kind = jit.FLOAT16 if at(f, 18) == jit.FLOAT8 else at(f, 18)
     for r in range(first, last):
+        zero = at(f, 13) + r * at(f, 14)
         jit.widen(at(f, 11) + r * at(f, 12), at(f, 18), groups, steps)
-        if at(f, 19) == OFFSET:
-            # Beside a float8 step the zero is float16.
-            kind = jit.FLOAT16 if at(f, 18) == jit.FLOAT8 else at(f, 18)
-            jit.widen(at(f, 13) + r * at(f, 14), kind, groups, lows)
-        else:
-            for g in range(groups):
-                centre = half
-                if at(f, 19) == CENTRED_INTEGER:
-                    centre += jit.read_int8(at(f, 13) + r * at(f, 14) + g)
-                jit.write_float(lows + 4 * g, -centre * jit.read_float(steps + 4 * g))
+        if zeros == OFFSET:
+            jit.widen(zero, kind, groups, lows)
         begin = 0
         while begin < integers:
             together = 4 if integers - begin >= 4 else 2 if integers - begin >= 2 else 1
-            for n in range(together):
-                line = scales + 4 * (begin + n) * chunks
-                _scale(steps, line, groups, each, factors + 4 * n * chunks)
-            key = at(f, 17) * 16 + (8 if at(f, 20) > 1 else 0) + together
             source, x = at(f, 9) + r * at(f, 10), words + 2 * begin * channels
-            _row(source, x, channels, factors, chunks, chunk, found, key)
+            line = scales + 4 * begin * chunks
+            _row(source, x, channels, steps, line, groups, each, chunk, found, version + together)
             for n in range(together):
-                vector, place = (begin + n) // per, at(f, 23) + 4 * ((begin + n) // per * rows + r)
+                vector = (begin + n) // per
+                place = at(f, 23) + 4 * (vector * rows + r)
                 total = jit.read_float(found + 4 * n)
                 if (begin + n) % per:
                     total += jit.read_float(place)
                 else:
-                    total += vectors.product(lows, sums + 4 * vector * groups, groups)
+                    total += _zero_term(zeros, zero, half, steps, lows, sums + 4 * vector * groups, groups)
                 jit.write_float(place, total)
             begin += together
 
@@ -273,10 +307,10 @@ def _work(f: Any) -> Any:
 
 
 def scratch_bytes(channels: int, count: int, per: int, chunk: int, group: int) -> int:
-    """Scratch of a thread: integers, factors and sums of the vectors; results, grid, factors of a row."""
+    """Scratch of a thread: integers, factors and sums of the vectors; results and grid of a row."""
     chunks, groups = channels // chunk, channels // group
     vectors = 2 * count * per * channels + 4 * count * per * chunks + 4 * count * groups
-    return vectors + 4 * max(chunk, 8 + 2 * groups + TOGETHER[-1] * chunks)
+    return vectors + 4 * max(chunk, 8 + 2 * groups)
 
 
 @jit.built_once
