@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numba import cfunc
 
-from kvpack.kernels.cpu import encode_vectors, grid_vectors, jit, vectors
+from kvpack.kernels.cpu import decoders, encode_vectors, grid_vectors, jit
 from kvpack.kernels.cpu.affine_rows import CENTRED, CENTRED_INTEGER, OFFSET, TOKEN
 from kvpack.kernels.cpu.affine_rows import _code as code
 from kvpack.kernels.cpu.affine_rows import _number as number
@@ -223,10 +223,10 @@ def _decode(f: Any, source: Any, step: Any, offset: Any, out: Any) -> Any:
         whole = begin if group % LANES and g else begin + (end - begin) // LANES * LANES
         first, place = source + begin * bits // 8, out + 4 * begin
         if whole > begin and token:
-            vectors.decode_each(first, place, step, offset, whole, bits, centred)
+            decoders.decode_each(first, place, step, offset, whole, bits, centred)
         elif whole > begin:
             s, o = jit.read_float(step + g), jit.read_float(offset + g)
-            vectors.decode_same(first, place, s, o, whole - begin, bits, centred)
+            decoders.decode_same(first, place, s, o, whole - begin, bits, centred)
         for j in range(whole, end):
             entry = 4 * j if token else g
             s, o = jit.read_float(step + entry), jit.read_float(offset + entry)

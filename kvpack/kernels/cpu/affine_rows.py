@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numba import cfunc
 
-from kvpack.kernels.cpu import jit, vectors
+from kvpack.kernels.cpu import decoders, jit
 from kvpack.kernels.cpu.codes import LANES
 from kvpack.kernels.cpu.jit import ENTRY, at, device
 from kvpack.kernels.cpu.tiles import TILE, products, sums
@@ -74,7 +74,7 @@ def _read_grid(f: Any, b: Any, k: Any, entry: Any, count: Any, step: Any, offset
 def _by_token_group(f: Any, b: Any, k: Any, start: Any, count: Any, rows: Any, step: Any, offset: Any) -> Any:
     """Rows whose groups are tokens: channels have steps of their own."""
     channels, bits, zeros, group, stride = at(f, 7), at(f, 28), at(f, 30), at(f, 23), at(f, 14)
-    whole = channels // LANES * LANES
+    whole, centred = channels // LANES * LANES, 0 if zeros == OFFSET else 1
     first = at(f, 11) + b * at(f, 12) + k * at(f, 13)
     done = 0
     while done < count:
@@ -83,13 +83,14 @@ def _by_token_group(f: Any, b: Any, k: Any, start: Any, count: Any, rows: Any, s
         source, row = first + (start + done) * stride, rows + 4 * done * channels
         _read_grid(f, b, k, entry, channels, step, offset)
         if whole == channels:
-            centred = 0 if zeros == OFFSET else 1
-            vectors.decode_rows_each(source, stride, row, step, offset, channels, together, bits, centred)
+            decoders.decode_rows_each(source, stride, row, step, offset, channels, together, bits, centred)
         else:
             for i in range(together):
                 place, target = source + i * stride, row + 4 * i * channels
                 if whole:
-                    vectors.decode_each(place, target, step, offset, whole, bits, 0 if zeros == OFFSET else 1)
+                    decoders.decode_each(
+                        place, target, step, offset, whole, bits, 0 if zeros == OFFSET else 1
+                    )
                 for j in range(whole, channels):
                     pair = jit.read_float(step + 4 * j), jit.read_float(offset + 4 * j)
                     jit.write_float(target + 4 * j, _number(_code(place, j, channels, bits), *pair, zeros))
@@ -106,7 +107,7 @@ def _by_channel_group(
     first = at(f, 11) + b * at(f, 12) + k * at(f, 13) + start * stride
     _read_grid(f, b, k, start, count * groups, step, offset)
     if group % LANES == 0 and groups * group == channels:
-        vectors.decode_rows_grouped(first, stride, rows, step, offset, group, groups, count, bits, centred)
+        decoders.decode_rows_grouped(first, stride, rows, step, offset, group, groups, count, bits, centred)
         return
     for i in range(count):
         source, row = first + i * stride, rows + 4 * i * channels
@@ -117,7 +118,7 @@ def _by_channel_group(
             whole = begin if group % LANES else begin + (end - begin) // LANES * LANES
             if whole > begin:
                 codes = source + begin * bits // 8
-                vectors.decode_same(codes, row + 4 * begin, pair[0], pair[1], whole - begin, bits, centred)
+                decoders.decode_same(codes, row + 4 * begin, pair[0], pair[1], whole - begin, bits, centred)
             for j in range(whole, end):
                 jit.write_float(row + 4 * j, _number(_code(source, j, channels, bits), *pair, zeros))
 

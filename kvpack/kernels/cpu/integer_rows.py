@@ -21,155 +21,15 @@ Numbers of a frame beside the pool's five (addresses; strides in bytes):
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import cfunc, types
-from numba.extending import intrinsic
+from numba import cfunc
 
-from kvpack.kernels.cpu import jit, vectors
+from kvpack.kernels.cpu import integer_vectors, jit, vectors
 from kvpack.kernels.cpu.affine_rows import CENTRED_INTEGER, OFFSET
-from kvpack.kernels.cpu.codes import LANES, WORDS, constant, load, unpack_fields
-from kvpack.kernels.cpu.jit import ADDRESS, ENTRY, F32, I8, I16, I32, I64, at, device
-
-PAIRS = ir.VectorType(I32, LANES // 2)
-HALVES = ir.VectorType(F32, LANES // 2)
-TOGETHER = (1, 2, 4)
-"""How many integer vectors are multiplied with a row at a time."""
-
-
-def _pair_products(builder: Any, a: Any, b: Any) -> Any:
-    """Products of 16-bit integers, each added to its neighbour's: eight 32-bit sums."""
-    if _on_x86():
-        return vectors.call(builder, "llvm.x86.avx2.pmadd.wd", PAIRS, [a, b])
-    wide = ir.VectorType(I32, LANES)
-    product = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
-    even, odd = (constant(PAIRS, range(first, LANES, 2)) for first in (0, 1))
-    return builder.add(
-        builder.shuffle_vector(product, product, even), builder.shuffle_vector(product, product, odd)
-    )
-
-
-@functools.cache
-def _on_x86() -> bool:
-    from llvmlite import binding
-
-    return bool(dict(binding.get_host_cpu_features()).get("avx2"))
-
-
-def _each_version(builder: Any, key: Any, emit: Callable[[int, bool, int], None]) -> None:
-    """A branch for every width, with and without whole words, and number of vectors."""
-    done = builder.append_basic_block("multiplied")
-    switch = builder.switch(key, done)
-    for bits in vectors.WIDTHS:
-        for fields in (False, True) if bits in (2, 4, 8) else (False,):
-            for count in TOGETHER:
-                block = builder.append_basic_block(f"bits{bits}x{count}")
-                switch.add_case(I64(bits * 16 + fields * 8 + count), block)
-                builder.position_at_end(block)
-                emit(bits, fields, count)
-                builder.branch(done)
-    builder.position_at_end(done)
-
-
-@intrinsic
-def _row(
-    typing: Any,
-    codes: Any,
-    x: Any,
-    stride: Any,
-    steps: Any,
-    factors: Any,
-    groups: Any,
-    each: Any,
-    chunk: Any,
-    out: Any,
-    key: Any,
-) -> Any:
-    """Products of one row with vectors [n, C], `stride` numbers apart, to `out` [n].
-
-    `steps` [groups] are the row's, `factors` [n, groups * each] the vectors'. `key` selects the version:
-    ``bits * 16 + whole words * 8 + n``.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        codes, x, stride, steps, factors, groups, each, chunk, out, key = arguments
-        stride_bytes = builder.mul(stride, I64(2))
-        chunk_bytes = builder.mul(chunk, I64(2))
-        line_bytes = builder.mul(builder.mul(groups, each), I64(4))
-
-        def emit(bits: int, fields: bool, count: int) -> None:
-            span = LANES * (16 // bits) if fields else LANES
-            code_bytes = builder.lshr(builder.mul(chunk, I64(bits)), I64(3))
-
-            def in_chunk(index: Any) -> list[Any]:
-                """Sums of one chunk as integers."""
-                source = builder.add(codes, builder.mul(index, code_bytes))
-                numbers = builder.add(x, builder.mul(index, chunk_bytes))
-
-                def step(first: Any, held: list[Any]) -> list[Any]:
-                    place = builder.add(source, builder.lshr(builder.mul(first, I64(bits)), I64(3)))
-                    for field, code in enumerate(unpack_fields(builder, place, bits, span)):
-                        offset = builder.add(builder.mul(first, I64(2)), I64(2 * LANES * field))
-                        for n in range(count):
-                            line = builder.add(numbers, builder.mul(stride_bytes, I64(n)))
-                            values = load(builder, builder.add(line, offset), WORDS)
-                            held[n] = builder.add(held[n], _pair_products(builder, code, values))
-                    return held
-
-                none = [constant(PAIRS, [0] * (LANES // 2))] * count
-                return vectors.loop(builder, chunk, span, none, step)
-
-            def in_group(g: Any, totals: list[Any]) -> list[Any]:
-                scale = load(builder, builder.add(steps, builder.mul(g, I64(4))), F32)
-
-                def one(e: Any, held: list[Any]) -> list[Any]:
-                    index = builder.add(builder.mul(g, each), e)
-                    place = builder.add(factors, builder.mul(index, I64(4)))
-                    results = []
-                    for n, integers in enumerate(in_chunk(index)):
-                        own = load(builder, builder.add(place, builder.mul(line_bytes, I64(n))), F32)
-                        factor = vectors.splat(builder, builder.fmul(scale, own), HALVES)
-                        results.append(
-                            vectors.fused(builder, builder.sitofp(integers, HALVES), factor, held[n])
-                        )
-                    return results
-
-                return vectors.loop(builder, each, 1, totals, one)
-
-            nothing = [constant(HALVES, [0.0] * (LANES // 2))] * count
-            totals = vectors.loop(builder, groups, 1, nothing, in_group)
-            for n in range(count):
-                vectors.store(builder, vectors.total(builder, totals[n]), builder.add(out, I64(4 * n)))
-
-        _each_version(builder, key, emit)
-        return context.get_dummy_value()
-
-    return types.void(*[ADDRESS] * 10), generate
-
-
-@intrinsic
-def _sixteen_zeros(typing: Any, zeros: Any, steps: Any, sums: Any, count: Any) -> Any:
-    """The sum of ``zero * step * sum`` over `count` groups, a multiple of 16; zeros are bytes with a sign."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        zeros, steps, sums, count = arguments
-
-        def step(at: Any, held: list[Any]) -> list[Any]:
-            place = builder.mul(at, I64(4))
-            zero = load(builder, builder.add(zeros, at), ir.VectorType(I8, LANES))
-            numbers = builder.sitofp(builder.sext(zero, ir.VectorType(I32, LANES)), vectors.FLOATS)
-            a, b = (load(builder, builder.add(base, place), vectors.FLOATS) for base in (steps, sums))
-            return [vectors.fused(builder, builder.fmul(numbers, a), b, held[0])]
-
-        nothing = constant(vectors.FLOATS, [0.0] * LANES)
-        (result,) = vectors.loop(builder, count, LANES, [nothing], step)
-        return vectors.total(builder, result)
-
-    return types.float32(ADDRESS, ADDRESS, ADDRESS, types.int64), generate
+from kvpack.kernels.cpu.codes import LANES
+from kvpack.kernels.cpu.jit import ENTRY, at, device
 
 
 @device
@@ -181,23 +41,10 @@ def _zero_term(zeros: Any, zero: Any, half: Any, steps: Any, lows: Any, sums: An
     if zeros == CENTRED_INTEGER:
         whole = groups // LANES * LANES
         if whole:
-            total += _sixteen_zeros(zero, steps, sums, whole)
+            total += integer_vectors.sixteen_zeros(zero, steps, sums, whole)
         for g in range(whole, groups):
             total += jit.read_int8(zero + g) * jit.read_float(steps + 4 * g) * jit.read_float(sums + 4 * g)
     return -total
-
-
-@intrinsic
-def _write_word(typing: Any, address: Any, number: Any) -> Any:
-    """Write a float32 number that is whole as a 16-bit integer."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = builder.inttoptr(arguments[0], I16.as_pointer())
-        word = builder.trunc(builder.fptosi(arguments[1], I32), I16)
-        builder.store(word, place).align = 2
-        return context.get_dummy_value()
-
-    return types.void(ADDRESS, types.float32), generate
 
 
 @device
@@ -220,13 +67,15 @@ def _round_chunk(
             jit.write_float(numbers + 4 * j, whole)
     if fields == 1:
         for j in range(chunk):
-            _write_word(out + 2 * j, _whole(jit.read_float(numbers + 4 * j)))
+            integer_vectors.write_word(out + 2 * j, _whole(jit.read_float(numbers + 4 * j)))
         return
     for first in range(0, chunk, fields * LANES):
         for field in range(fields):
             target, place = out + 2 * (first + field * LANES), numbers + 4 * (first + field)
             for lane in range(LANES):
-                _write_word(target + 2 * lane, _whole(jit.read_float(place + 4 * lane * fields)))
+                integer_vectors.write_word(
+                    target + 2 * lane, _whole(jit.read_float(place + 4 * lane * fields))
+                )
 
 
 @device
@@ -275,7 +124,9 @@ def _item(f: Any, first: Any, last: Any, room: Any, words: Any, scales: Any, sum
             together = 4 if integers - begin >= 4 else 2 if integers - begin >= 2 else 1
             source, x = at(f, 9) + r * at(f, 10), words + 2 * begin * channels
             line = scales + 4 * begin * chunks
-            _row(source, x, channels, steps, line, groups, each, chunk, found, version + together)
+            integer_vectors.row(
+                source, x, channels, steps, line, groups, each, chunk, found, version + together
+            )
             for n in range(together):
                 vector = (begin + n) // per
                 place = at(f, 23) + 4 * (vector * rows + r)
