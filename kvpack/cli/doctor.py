@@ -110,9 +110,9 @@ def _kernels() -> Iterator[Check]:
         yield Check("kernels", "failed", str(error), error.hint or "")
         return
     for device in ("cpu", "cuda"):
-        found = choice.found(device)
         if device == "cuda" and not _has_cuda():
             continue
+        found = choice.found(device)
         hint = "" if found.used or asked == "reference" else f"decoding will be slow: {found.why}"
         text = f"{found.name} ({found.why}); {choice.VARIABLE}={asked}"
         yield Check(f"kernels, {device}", "warning" if hint else "ok", text, hint)

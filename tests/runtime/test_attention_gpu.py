@@ -11,6 +11,7 @@ from kvpack.runtime.attention import Call
 from kvpack.runtime.cache import KVPackCache, make_scheme
 from tests.runtime.schemes import Scheme, tiny
 
+pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not triton.interpreting(), reason="Triton's interpreter is not on")
 
 
