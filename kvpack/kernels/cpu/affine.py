@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvpack.kernels.cpu import affine_rows, codes, integer_rows, jit, pool
+from kvpack.kernels.cpu import affine_rows, codes, integer_grids, integer_rows, integer_vectors, jit, pool
 from kvpack.kernels.cpu.tiles import TILE
 from kvpack.ops.packed_affine import AffineCodes
 
@@ -81,6 +81,11 @@ class _Rows(NamedTuple):
     per_item: int
     scales: int
     zeros: int
+    chunks: int
+    groups: int
+    padded: int
+    frame: tuple[int, ...]
+    """What follows the output in the frame of `integer_rows`."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -99,11 +104,22 @@ def _rows(
     chunk = next((n for n in range(_MOST_CHANNELS, 0, -codes.LANES) if group % n == 0), 0)
     if not chunk:
         return None
-    zeros = affine_rows.CENTRED
-    if zero is not None:
-        zeros = affine_rows.OFFSET if zero.is_floating_point else affine_rows.CENTRED_INTEGER
+    kinds, (zeros, zero_kind, zero_size) = _KINDS[scale], _stored_zeros(scale, zero)
     fields, per_item = codes.field_span(bits, chunk) // codes.LANES, max(16, min(128, rows // (8 * threads)))
-    return _Rows(chunk, fields, per_item, _KINDS[scale], zeros)
+    chunks, groups, each = channels // chunk, channels // group, group // chunk
+    padded = -(-groups // integer_grids.GROUPS) * integer_grids.GROUPS
+    key, sizes = integer_vectors.key(bits, fields, chunk), (groups * scale.itemsize, groups * zero_size)
+    frame = (key, chunks, groups, padded, each, *sizes, zero_kind)
+    return _Rows(chunk, fields, per_item, kinds, zeros, chunks, groups, padded, frame)
+
+
+def _stored_zeros(scale: torch.dtype, zero: torch.dtype | None) -> tuple[int, int, int]:
+    """How zeros are meant, how they are stored if they are no integers, and their bytes."""
+    if zero is None:
+        return affine_rows.CENTRED, _KINDS[scale], 0
+    if not zero.is_floating_point:
+        return affine_rows.CENTRED_INTEGER, jit.INT8, zero.itemsize
+    return affine_rows.OFFSET, _KINDS[zero], zero.itemsize
 
 
 def _integer_rows(x: AffineCodes) -> _Rows | None:
@@ -123,12 +139,12 @@ def _integer_products(query: Tensor, x: AffineCodes, rows: _Rows) -> Tensor:
     pool.run(
         integer_rows.entry(),
         -(-tokens // rows.per_item),
-        integer_rows.scratch_bytes(channels, count, per, rows.chunk, group),
+        integer_rows.scratch_bytes(channels, count * per, rows.chunks, rows.padded),
         *(tokens, channels, count, rows.per_item, x.codes.data_ptr(), x.codes.stride(-2)),
         *(x.scale.data_ptr(), x.scale.stride(-2) * x.scale.element_size()),
         *(zero.data_ptr(), zero.stride(-2) * zero.element_size()),
         *(group, rows.chunk, x.bits, rows.scales, rows.zeros, rows.fields),
-        *(vectors.data_ptr(), per, out.data_ptr()),
+        *(vectors.data_ptr(), per, out.data_ptr(), *rows.frame),
     )
     return out
 

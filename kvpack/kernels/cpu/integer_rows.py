@@ -10,13 +10,16 @@ with ``low`` the number that code 0 stands for. Rounding x this way errs by 2^-1
 largest number; numbers that came as float32 get a second integer for what the first one left over.
 
 Every thread rounds the vectors for itself: that takes less time than waiting for another to do it.
+Two rows are multiplied at a time where registers allow it, so that a vector is read once for both.
 
 Numbers of a frame beside the pool's five (addresses; strides in bytes):
 
      5 R, 6 C, 7 vectors, 8 rows per item, 9 codes, 10 stride of a row, 11 scale, 12 stride, 13 zero,
     14 stride, 15 channels per group, 16 channels per chunk, 17 width of a code, 18 how steps are
     stored, 19 how zeros are, 20 codes in a word (1 where they are taken in order), 21 the vectors
-    float32 [n, C], 22 integers per number (1 or 2), 23 output [n, R]
+    float32 [n, C], 22 integers per number (1 or 2), 23 output [n, R], 24 `integer_vectors.key`,
+    25 chunks, 26 groups, 27 groups that scratch has room for, 28 chunks per group, 29 bytes of a row's
+    steps, 30 of its zeros, 31 how zeros that are no integers are stored
 """
 
 from __future__ import annotations
@@ -26,64 +29,24 @@ from typing import Any
 import numpy as np
 from numba import cfunc
 
-from kvpack.kernels.cpu import integer_vectors, jit, vectors
-from kvpack.kernels.cpu.affine_rows import CENTRED_INTEGER, OFFSET
-from kvpack.kernels.cpu.codes import LANES
+from kvpack.kernels.cpu import integer_grids, integer_vectors, jit, vectors
+from kvpack.kernels.cpu.integer_grids import GROUPS
 from kvpack.kernels.cpu.jit import ENTRY, at, device
 
-
-@device
-def _zero_term(zeros: Any, zero: Any, half: Any, steps: Any, lows: Any, sums: Any, groups: Any) -> Any:
-    """What codes of 0 stand for, times the sums of the vector: the part of a product without codes."""
-    if zeros == OFFSET:
-        return vectors.product(lows, sums, groups)
-    total = half * vectors.product(steps, sums, groups)
-    if zeros == CENTRED_INTEGER:
-        whole = groups // LANES * LANES
-        if whole:
-            total += integer_vectors.sixteen_zeros(zero, steps, sums, whole)
-        for g in range(whole, groups):
-            total += jit.read_int8(zero + g) * jit.read_float(steps + 4 * g) * jit.read_float(sums + 4 * g)
-    return -total
-
-
-@device
-def _whole(number: Any) -> Any:
-    """The nearest whole number, of less than 2^22: where floats have no fraction left, adding rounds."""
-    return number + np.float32(12582912) - np.float32(12582912)
-
-
-@device
-def _round_chunk(
-    source: Any, chunk: Any, fields: Any, inverse: Any, out: Any, numbers: Any, rest: Any
-) -> Any:
-    """Integers of a chunk, in the order of the codes; `rest` leaves what was rounded off in `numbers`."""
-    for j in range(chunk):
-        exact = jit.read_float(source + 4 * j) * inverse
-        whole = _whole(exact)
-        if rest:
-            jit.write_float(numbers + 4 * j, (exact - whole) * np.float32(32767))
-        else:
-            jit.write_float(numbers + 4 * j, whole)
-    if fields == 1:
-        for j in range(chunk):
-            integer_vectors.write_word(out + 2 * j, _whole(jit.read_float(numbers + 4 * j)))
-        return
-    for first in range(0, chunk, fields * LANES):
-        for field in range(fields):
-            target, place = out + 2 * (first + field * LANES), numbers + 4 * (first + field)
-            for lane in range(LANES):
-                integer_vectors.write_word(
-                    target + 2 * lane, _whole(jit.read_float(place + 4 * lane * fields))
-                )
+_PRODUCTS = 4
+"""Products that are made at a time: of two rows with up to two vectors, or of one with four."""
+_SUMS = integer_vectors.SUMS
 
 
 @device
 def _round_vectors(f: Any, integers: Any, factors: Any, sums: Any, numbers: Any) -> Any:
-    """Integers [n * per, C], factors [n * per, C / chunk] and sums [n, C / group] of the vectors."""
+    """Integers [n * per, C], factors [n * per, chunks] and sums [n * per, groups] of the vectors.
+
+    The sums of what was left over are 0: the whole sum is the first integers'.
+    """
     channels, count, chunk, per = at(f, 6), at(f, 7), at(f, 16), at(f, 22)
-    chunks, each, fields = channels // chunk, at(f, 15) // chunk, at(f, 20)
-    jit.fill(sums, count * channels // at(f, 15), 0.0)
+    chunks, groups, each = at(f, 25), at(f, 27), at(f, 28)
+    jit.fill(sums, count * per * groups, 0.0)
     for n in range(count):
         source = at(f, 21) + 4 * n * channels
         line, target = factors + 4 * n * per * chunks, integers + 2 * n * per * channels
@@ -91,64 +54,107 @@ def _round_vectors(f: Any, integers: Any, factors: Any, sums: Any, numbers: Any)
             vectors.peak_and_sum(source + 4 * c * chunk, chunk, numbers)
             # A chunk of zeros has a factor, too.
             factor = max(jit.read_float(numbers), np.float32(1e-30)) / np.float32(32767)
-            place = sums + 4 * ((n * chunks + c) // each)
+            place = sums + 4 * (n * per * groups + c // each)
             jit.write_float(place, jit.read_float(place) + jit.read_float(numbers + 4))
             jit.write_float(line + 4 * c, factor)
-            inverse, out = np.float32(1) / factor, target + 2 * c * chunk
-            _round_chunk(source + 4 * c * chunk, chunk, fields, inverse, out, numbers, False)
+            out, rest = target + 2 * c * chunk, 0
             if per == 2:
                 jit.write_float(line + 4 * (chunks + c), factor / np.float32(32767))
-                _round_chunk(
-                    source + 4 * c * chunk, chunk, fields, inverse, out + 2 * channels, numbers, True
-                )
+                rest = out + 2 * channels
+            integer_grids.round_chunk(
+                source + 4 * c * chunk, chunk, np.float32(1) / factor, at(f, 20), out, rest
+            )
+
+
+@device
+def _copied(source: Any, size: Any, room: Any) -> Any:
+    """Where a copy of `size` bytes is, for a row whose numbers cannot be read eight at a time."""
+    for place in range(size):
+        jit.write_byte(room + place, jit.read_byte(source + place))
+    return room
+
+
+@device
+def _weigh(f: Any, r: Any, count: Any, scales: Any, sums: Any, room: Any, weights: Any, start: Any) -> Any:
+    """What row `r` multiplies the chunks of `count` integer vectors with, and the parts without codes."""
+    scale, zero = at(f, 11) + r * at(f, 12), at(f, 13) + r * at(f, 14)
+    chunks, groups = at(f, 25), at(f, 27)
+    if groups != at(f, 26):
+        scale = _copied(scale, at(f, 29), room + 4 * groups)
+        zero = _copied(zero, at(f, 30), room + 8 * groups)
+    half = np.float32(1 << (at(f, 17) - 1))
+    kind, zero_kind, zeros = at(f, 18), at(f, 31), at(f, 19)
+    # fmt: off
+    integer_grids.weigh(
+        scale, kind, zero, zero_kind, zeros, half, groups, count, scales, chunks, sums, room, weights, start
+    )
+    # fmt: on
+    each = at(f, 28)
+    if each == 1:
+        return
+    for n in range(count):
+        line, out = scales + 4 * n * chunks, weights + 4 * n * (chunks + GROUPS)
+        for c in range(chunks):
+            step = jit.read_float(room + 4 * (c // each))
+            jit.write_float(out + 4 * c, step * jit.read_float(line + 4 * c))
+
+
+@device
+def _multiply(f: Any, r: Any, pair: Any, begin: Any, together: Any, x: Any, room: Any) -> Any:
+    """Products of row `r`, and the next where `pair` is 2, with weighed vectors, to the output."""
+    rows, per, chunks = at(f, 5), at(f, 22), at(f, 25)
+    starts, codes, apart = room + 4 * _PRODUCTS, at(f, 9) + r * at(f, 10), (pair - 1) * at(f, 10)
+    weights, key = starts + 4 * _PRODUCTS * _SUMS, at(f, 24) + together
+    integer_vectors.rows(
+        codes, apart, x, at(f, 6), weights, starts, chunks + GROUPS, chunks, at(f, 16), room, key
+    )
+    for b in range(pair):
+        for n in range(begin, begin + together):
+            place = at(f, 23) + 4 * ((n >> (per - 1)) * rows + r + b)
+            total = jit.read_float(room)
+            room += 4
+            # What the first integers left over is added to their product.
+            jit.write_float(place, total + jit.read_float(place) if n & (per - 1) else total)
 
 
 @device
 def _item(f: Any, first: Any, last: Any, room: Any, words: Any, scales: Any, sums: Any) -> Any:
     """Rows `first` to `last` with the vectors' integers, factors and sums; `room` is scratch."""
-    rows, channels, group, chunk, per = at(f, 5), at(f, 6), at(f, 15), at(f, 16), at(f, 22)
-    integers, chunks, groups, zeros = at(f, 7) * per, channels // chunk, channels // group, at(f, 19)
-    half, each = np.float32(1 << (at(f, 17) - 1)), group // chunk
-    version = at(f, 17) * 16 + (8 if at(f, 20) > 1 else 0)
-    found, steps = room, room + 4 * 8
-    lows = steps + 4 * groups
-    # Beside a float8 step the zero is float16.
-    kind = jit.FLOAT16 if at(f, 18) == jit.FLOAT8 else at(f, 18)
-    for r in range(first, last):
-        zero = at(f, 13) + r * at(f, 14)
-        jit.widen(at(f, 11) + r * at(f, 12), at(f, 18), groups, steps)
-        if zeros == OFFSET:
-            jit.widen(zero, kind, groups, lows)
+    integers, chunks, groups = at(f, 7) * at(f, 22), at(f, 25), at(f, 27)
+    starts, line = room + 4 * _PRODUCTS, chunks + GROUPS
+    weights = starts + 4 * _PRODUCTS * _SUMS
+    grid = weights + 4 * _PRODUCTS * line
+    for r in range(first, last, 2):
+        pair = min(last - r, 2)
         begin = 0
         while begin < integers:
             together = 4 if integers - begin >= 4 else 2 if integers - begin >= 2 else 1
-            source, x = at(f, 9) + r * at(f, 10), words + 2 * begin * channels
-            line = scales + 4 * begin * chunks
-            integer_vectors.row(
-                source, x, channels, steps, line, groups, each, chunk, found, version + together
-            )
-            for n in range(together):
-                vector = (begin + n) // per
-                place = at(f, 23) + 4 * (vector * rows + r)
-                total = jit.read_float(found + 4 * n)
-                if (begin + n) % per:
-                    total += jit.read_float(place)
-                else:
-                    total += _zero_term(zeros, zero, half, steps, lows, sums + 4 * vector * groups, groups)
-                jit.write_float(place, total)
+            x = words + 2 * begin * at(f, 6)
+            own, share = scales + 4 * begin * chunks, sums + 4 * begin * groups
+            _weigh(f, r, together, own, share, grid, weights, starts)
+            if together < 4:
+                second, behind = weights + 4 * together * line, starts + 4 * together * _SUMS
+                _weigh(f, r + pair - 1, together, own, share, grid, second, behind)
+                _multiply(f, r, pair, begin, together, x, room)
+            else:
+                _multiply(f, r, 1, begin, together, x, room)
+                if pair == 2:
+                    _weigh(f, r + 1, together, own, share, grid, weights, starts)
+                    _multiply(f, r + 1, 1, begin, together, x, room)
             begin += together
 
 
 @device
 def _work(f: Any) -> Any:
     """Take items of rows until none is left."""
-    channels, count = at(f, 6), at(f, 7) * at(f, 22)
-    chunks, groups = channels // at(f, 16), channels // at(f, 15)
+    channels, integers, chunks, groups = at(f, 6), at(f, 7) * at(f, 22), at(f, 25), at(f, 27)
     words = at(f, 3) + jit.add_to(f + 16, 1) * at(f, 4)
-    scales = words + 2 * count * channels
-    sums = scales + 4 * count * chunks
-    room = sums + 4 * at(f, 7) * groups
+    scales = words + 2 * integers * channels
+    sums = scales + 4 * (integers * chunks + GROUPS)
+    room = sums + 4 * integers * groups
     _round_vectors(f, words, scales, sums, room)
+    # What a copied grid is padded with.
+    jit.fill(room + 4 * _PRODUCTS * (1 + _SUMS + chunks + GROUPS), 3 * groups, 0.0)
     while True:
         item = jit.add_to(f, 1)
         if item >= at(f, 1):
@@ -157,11 +163,13 @@ def _work(f: Any) -> Any:
         _item(f, first, min(at(f, 5), first + at(f, 8)), room, words, scales, sums)
 
 
-def scratch_bytes(channels: int, count: int, per: int, chunk: int, group: int) -> int:
-    """Scratch of a thread: integers, factors and sums of the vectors; results and grid of a row."""
-    chunks, groups = channels // chunk, channels // group
-    vectors = 2 * count * per * channels + 4 * count * per * chunks + 4 * count * groups
-    return vectors + 4 * max(chunk, 8 + 2 * groups)
+def scratch_bytes(channels: int, integers: int, chunks: int, groups: int) -> int:
+    """Scratch of a thread: integers, factors and sums of the vectors; results, weights, grid of a row.
+
+    `groups` is padded to a multiple of `integer_grids.GROUPS`.
+    """
+    held = 2 * integers * channels + 4 * (integers * chunks + GROUPS + integers * groups)
+    return held + 4 * _PRODUCTS * (1 + _SUMS + chunks + GROUPS) + 12 * groups
 
 
 @jit.built_once

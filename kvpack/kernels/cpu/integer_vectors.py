@@ -10,13 +10,17 @@ from numba import types
 from numba.extending import intrinsic
 
 from kvpack.kernels.cpu import vectors
-from kvpack.kernels.cpu.codes import LANES, WORDS, constant, load, unpack_fields
-from kvpack.kernels.cpu.jit import ADDRESS, F32, I8, I16, I32, I64
+from kvpack.kernels.cpu.codes import LANES, WORDS, constant, field_span, load, unpack_fields
+from kvpack.kernels.cpu.jit import ADDRESS, F32, I32, I64
 
-PAIRS = ir.VectorType(I32, LANES // 2)
-HALVES = ir.VectorType(F32, LANES // 2)
-TOGETHER = (1, 2, 4)
-"""How many integer vectors are multiplied with a row at a time."""
+SUMS = LANES // 2
+"""Partial sums of a product: two neighbours are added as they are multiplied."""
+PAIRS = ir.VectorType(I32, SUMS)
+HALVES = ir.VectorType(F32, SUMS)
+TOGETHER = {1: 2, 2: 2, 4: 1}
+"""How many integer vectors are multiplied at a time, and with how many rows; registers set the bounds."""
+UNROLLED = (128, 64, 32)
+"""Channels per chunk for which one vector has code without inner loops. Other chunks and more vectors loop."""
 
 
 def _pair_products(builder: Any, a: Any, b: Any) -> Any:
@@ -31,126 +35,122 @@ def _pair_products(builder: Any, a: Any, b: Any) -> Any:
     )
 
 
-def _each_version(builder: Any, key: Any, emit: Callable[[int, bool, int], None]) -> None:
-    """A branch for every width, with and without whole words, and number of vectors."""
+def key(bits: int, fields: int, chunk: int) -> int:
+    """Which version of `rows` multiplies one vector; add the number of vectors to it."""
+    unrolled = UNROLLED.index(chunk) + 1 if chunk in UNROLLED else 0
+    return bits * 64 + (fields > 1) * 32 + unrolled * 8
+
+
+def _each_version(builder: Any, chosen: Any, emit: Callable[..., None]) -> None:
+    """A branch for every width, with and without whole words, number of vectors, and chunk."""
     done = builder.append_basic_block("multiplied")
-    switch = builder.switch(key, done)
+    switch = builder.switch(chosen, done)
     for bits in vectors.WIDTHS:
         for fields in (False, True) if bits in (2, 4, 8) else (False,):
             for count in TOGETHER:
-                block = builder.append_basic_block(f"bits{bits}x{count}")
-                switch.add_case(I64(bits * 16 + fields * 8 + count), block)
-                builder.position_at_end(block)
-                emit(bits, fields, count)
-                builder.branch(done)
+                for unrolled in range(len(UNROLLED) + 1 if count == 1 else 1):
+                    chunk = UNROLLED[unrolled - 1] if unrolled else 0
+                    if fields and chunk and field_span(bits, chunk) == LANES:
+                        continue
+                    block = builder.append_basic_block(f"bits{bits}x{count}")
+                    for case in range(len(UNROLLED) + 1) if count > 1 else [unrolled]:
+                        switch.add_case(I64(bits * 64 + fields * 32 + case * 8 + count), block)
+                    builder.position_at_end(block)
+                    emit(bits, fields, count, chunk)
+                    builder.branch(done)
     builder.position_at_end(done)
 
 
+class _Version:
+    """Emits the products of one version; addresses and sizes as in `rows`."""
+
+    def __init__(self, builder: Any, arguments: Any, bits: int, fields: bool, count: int, chunk: int) -> None:
+        self.builder, self.bits, self.count, self.together = builder, bits, count, TOGETHER[count]
+        self.span = LANES * (16 // bits) if fields else LANES
+        codes, row_bytes, x, stride, self.weights, self.starts, self.line, self.chunks = arguments[:8]
+        size, self.out, _ = arguments[8:]
+        self.chunk: Any = chunk if chunk else size
+        self.rows = [builder.add(codes, builder.mul(row_bytes, I64(b))) for b in range(self.together)]
+        self.lines = [builder.add(x, builder.mul(stride, I64(2 * n))) for n in range(count)]
+
+    def emit(self) -> None:
+        """All chunks, then the sums of every product."""
+        builder = self.builder
+        each = range(self.together * self.count)
+        starts = [load(builder, builder.add(self.starts, I64(4 * SUMS * n)), HALVES) for n in each]
+        totals = vectors.loop(builder, self.chunks, 1, starts, self._chunk)
+        for n in each:
+            vectors.store(builder, vectors.total(builder, totals[n]), builder.add(self.out, I64(4 * n)))
+
+    def _chunk(self, index: Any, totals: list[Any]) -> list[Any]:
+        """Totals with the products of one more chunk, weighted."""
+        builder, bits = self.builder, self.bits
+        size = I64(self.chunk) if isinstance(self.chunk, int) else self.chunk
+        first = builder.mul(index, size)
+        place = builder.lshr(builder.mul(first, I64(bits)), I64(3))
+        sources = [builder.add(row, place) for row in self.rows]
+        numbers = [builder.add(line, builder.mul(first, I64(2))) for line in self.lines]
+        held = [constant(PAIRS, [0] * SUMS)] * len(totals)
+        if isinstance(self.chunk, int):
+            for at in range(0, self.chunk, self.span):
+                held = self._step(sources, numbers, I64(at), held)
+        else:
+            held = vectors.loop(
+                builder, size, self.span, held, lambda at, sums: self._step(sources, numbers, at, sums)
+            )
+        weight = builder.add(self.weights, builder.mul(index, I64(4)))
+        results = []
+        for n, (integers, total) in enumerate(zip(held, totals, strict=True)):
+            line = builder.add(weight, builder.mul(self.line, I64(4 * n)))
+            factor = vectors.splat(builder, load(builder, line, F32), HALVES)
+            results.append(vectors.fused(builder, builder.sitofp(integers, HALVES), factor, total))
+        return results
+
+    def _step(self, sources: list[Any], numbers: list[Any], at: Any, held: list[Any]) -> list[Any]:
+        """Sums with the products of one more span of codes, of every row with every vector."""
+        builder, held = self.builder, list(held)
+        place = builder.lshr(builder.mul(at, I64(self.bits)), I64(3))
+        found = [
+            unpack_fields(builder, builder.add(source, place), self.bits, self.span) for source in sources
+        ]
+        for field in range(self.span // LANES):
+            offset = builder.add(builder.mul(at, I64(2)), I64(2 * LANES * field))
+            for n in range(self.count):
+                values = load(builder, builder.add(numbers[n], offset), WORDS)
+                for b in range(self.together):
+                    product = _pair_products(builder, found[b][field], values)
+                    place = b * self.count + n
+                    held[place] = builder.add(held[place], product)
+        return held
+
+
 @intrinsic
-def row(
+def rows(
     typing: Any,
     codes: Any,
+    row_bytes: Any,
     x: Any,
     stride: Any,
-    steps: Any,
-    factors: Any,
-    groups: Any,
-    each: Any,
+    weights: Any,
+    starts: Any,
+    line: Any,
+    chunks: Any,
     chunk: Any,
     out: Any,
     key: Any,
 ) -> Any:
-    """Products of one row with vectors [n, C], `stride` numbers apart, to `out` [n].
+    """Products of b rows of codes, `row_bytes` apart, with n integer vectors, `stride` numbers apart.
 
-    `steps` [groups] are the row's, `factors` [n, groups * each] the vectors'. `key` selects the version:
-    ``bits * 16 + whole words * 8 + n``.
+    Writes ``starts + sum over chunks of weights * (codes * x)`` to `out` [b, n]. `weights` are
+    [b, n, chunks], each `line` numbers long, `starts` [b, n, 8] to be summed up. b belongs to n (`TOGETHER`); `key` selects the
+    version: the function of this name, plus n.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        codes, x, stride, steps, factors, groups, each, chunk, out, key = arguments
-        stride_bytes = builder.mul(stride, I64(2))
-        chunk_bytes = builder.mul(chunk, I64(2))
-        line_bytes = builder.mul(builder.mul(groups, each), I64(4))
+        def emit(bits: int, fields: bool, count: int, size: int) -> None:
+            _Version(builder, arguments, bits, fields, count, size).emit()
 
-        def emit(bits: int, fields: bool, count: int) -> None:
-            span = LANES * (16 // bits) if fields else LANES
-            code_bytes = builder.lshr(builder.mul(chunk, I64(bits)), I64(3))
-
-            def in_chunk(index: Any) -> list[Any]:
-                """Sums of one chunk as integers."""
-                source = builder.add(codes, builder.mul(index, code_bytes))
-                numbers = builder.add(x, builder.mul(index, chunk_bytes))
-
-                def step(first: Any, held: list[Any]) -> list[Any]:
-                    place = builder.add(source, builder.lshr(builder.mul(first, I64(bits)), I64(3)))
-                    for field, code in enumerate(unpack_fields(builder, place, bits, span)):
-                        offset = builder.add(builder.mul(first, I64(2)), I64(2 * LANES * field))
-                        for n in range(count):
-                            line = builder.add(numbers, builder.mul(stride_bytes, I64(n)))
-                            values = load(builder, builder.add(line, offset), WORDS)
-                            held[n] = builder.add(held[n], _pair_products(builder, code, values))
-                    return held
-
-                none = [constant(PAIRS, [0] * (LANES // 2))] * count
-                return vectors.loop(builder, chunk, span, none, step)
-
-            def in_group(g: Any, totals: list[Any]) -> list[Any]:
-                scale = load(builder, builder.add(steps, builder.mul(g, I64(4))), F32)
-
-                def one(e: Any, held: list[Any]) -> list[Any]:
-                    index = builder.add(builder.mul(g, each), e)
-                    place = builder.add(factors, builder.mul(index, I64(4)))
-                    results = []
-                    for n, integers in enumerate(in_chunk(index)):
-                        own = load(builder, builder.add(place, builder.mul(line_bytes, I64(n))), F32)
-                        factor = vectors.splat(builder, builder.fmul(scale, own), HALVES)
-                        results.append(
-                            vectors.fused(builder, builder.sitofp(integers, HALVES), factor, held[n])
-                        )
-                    return results
-
-                return vectors.loop(builder, each, 1, totals, one)
-
-            nothing = [constant(HALVES, [0.0] * (LANES // 2))] * count
-            totals = vectors.loop(builder, groups, 1, nothing, in_group)
-            for n in range(count):
-                vectors.store(builder, vectors.total(builder, totals[n]), builder.add(out, I64(4 * n)))
-
-        _each_version(builder, key, emit)
+        _each_version(builder, arguments[-1], emit)
         return context.get_dummy_value()
 
-    return types.void(*[ADDRESS] * 10), generate
-
-
-@intrinsic
-def sixteen_zeros(typing: Any, zeros: Any, steps: Any, sums: Any, count: Any) -> Any:
-    """The sum of ``zero * step * sum`` over `count` groups, a multiple of 16; zeros are bytes with a sign."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        zeros, steps, sums, count = arguments
-
-        def step(at: Any, held: list[Any]) -> list[Any]:
-            place = builder.mul(at, I64(4))
-            zero = load(builder, builder.add(zeros, at), ir.VectorType(I8, LANES))
-            numbers = builder.sitofp(builder.sext(zero, ir.VectorType(I32, LANES)), vectors.FLOATS)
-            a, b = (load(builder, builder.add(base, place), vectors.FLOATS) for base in (steps, sums))
-            return [vectors.fused(builder, builder.fmul(numbers, a), b, held[0])]
-
-        nothing = constant(vectors.FLOATS, [0.0] * LANES)
-        (result,) = vectors.loop(builder, count, LANES, [nothing], step)
-        return vectors.total(builder, result)
-
-    return types.float32(ADDRESS, ADDRESS, ADDRESS, types.int64), generate
-
-
-@intrinsic
-def write_word(typing: Any, address: Any, number: Any) -> Any:
-    """Write a float32 number that is whole as a 16-bit integer."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = builder.inttoptr(arguments[0], I16.as_pointer())
-        word = builder.trunc(builder.fptosi(arguments[1], I32), I16)
-        builder.store(word, place).align = 2
-        return context.get_dummy_value()
-
-    return types.void(ADDRESS, types.float32), generate
+    return types.void(*[ADDRESS] * 11), generate

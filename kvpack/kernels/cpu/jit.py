@@ -106,6 +106,7 @@ read_float = _reader(F32, types.float32)
 read_half = _reader(F16, types.float32, lambda b, v: b.fpext(v, F32))
 read_bfloat = _reader(I16, types.float32, lambda b, v: b.bitcast(b.shl(b.zext(v, I32), I32(16)), F32))
 read_int8 = _reader(I8, types.float32, lambda b, v: b.sitofp(v, F32))
+write_byte = _writer(I8, types.int64, lambda b, v: b.trunc(v, I8))
 write_word = _writer(I16, types.int64, lambda b, v: b.trunc(v, I16))
 write_float = _writer(F32, types.float32)
 write_half = _writer(I16, types.float32, lambda b, v: b.bitcast(b.fptrunc(v, F16), I16))
@@ -122,7 +123,7 @@ def _rounded(builder: Any, number: Any) -> Any:
 write_bfloat = _writer(I16, types.float32, _rounded)
 
 
-def _from_float8(builder: Any, word: Any) -> Any:
+def from_float8(builder: Any, word: Any) -> Any:
     """The number whose float8_e4m3fn bits are `word`."""
     wide = builder.zext(word, I32)
     low = builder.and_(wide, I32(0x7F))
@@ -133,7 +134,7 @@ def _from_float8(builder: Any, word: Any) -> Any:
     return builder.bitcast(builder.or_(builder.bitcast(size, I32), sign), F32)
 
 
-read_float8 = _reader(I8, types.float32, _from_float8)
+read_float8 = _reader(I8, types.float32, from_float8)
 
 
 @intrinsic
