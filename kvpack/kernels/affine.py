@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,18 @@ def scores(query: Tensor, x: AffineCodes) -> Tensor:
     if x.outer == 1 and choice.on_gpu(query, x.codes, x.scale, x.zero):
         return _gpu_products(query, x)
     return packed_affine.scores(query, x)
+
+
+def multiplier(x: AffineCodes) -> Callable[[Tensor], Tensor]:
+    """`scores` in the dtype of the query, for codes that are multiplied again and again.
+
+    What does not depend on the query is found once. The codes must stay where they are in memory.
+    """
+    if _cpu(x.codes, x):
+        from kvpack.kernels.cpu import affine
+
+        return affine.multiplier(x)
+    return lambda query: scores(query, x).to(query.dtype)
 
 
 def mix(weights: Tensor, x: AffineCodes) -> Tensor:

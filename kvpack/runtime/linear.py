@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,17 @@ class PackedWeight:
     online: tuple[Transform, ...] = ()
 
 
+class _Multiplier(NamedTuple):
+    """A codec's multiplier, and the buffers it was made for."""
+
+    buffers: tuple[Tensor | None, ...]
+    products: Callable[[Tensor], Tensor]
+
+    def serves(self, buffers: tuple[Tensor | None, ...]) -> bool:
+        """Whether none was replaced since."""
+        return all(map(operator.is_, buffers, self.buffers))
+
+
 class PackedTensors(nn.Module):
     """A module whose weight [R, C] is stored as a codec's payload.
 
@@ -50,6 +62,7 @@ class PackedTensors(nn.Module):
     label: str
     lent: dict[str, Tensor] | None
     _learned: frozenset[str]
+    _multiplier: _Multiplier | None
     _owner: tuple[PackedTensors, ...]
 
     def hold(self, weight: PackedWeight, device: torch.device | str | None) -> None:
@@ -59,6 +72,7 @@ class PackedTensors(nn.Module):
             UsageError: a stored tensor has the name of something that the module has already.
         """
         self.packed, self._owner, self.lent, self.label = weight, (), None, ""
+        self._multiplier = None
         self._learned = frozenset(weight.codec.state_spec((1, *weight.shape)))
         for name, spec in weight.tensors.items():
             if name == "bias" or hasattr(self, name):
@@ -75,7 +89,7 @@ class PackedTensors(nn.Module):
         # In a tuple, because a registered submodule would be stored a second time.
         self.packed, self._owner = replace(owner.packed, tensors={}), (owner,)
         self._learned = owner._learned
-        self.lent, self.label = None, ""
+        self.lent, self.label, self._multiplier = None, "", None
 
     @property
     def stored(self) -> dict[str, Tensor]:
@@ -120,8 +134,13 @@ class PackedTensors(nn.Module):
 
     def products_of_codes(self, x: Tensor) -> Tensor:
         """``x W^T`` [N, R] of rows `x` [N, C], computed on the codes."""
-        payload, state = self._coded()
-        return self.packed.codec.scores(x, payload, state).to(x.dtype)
+        held, made = tuple(self._buffers.values()), self._multiplier
+        if made is None or not made.serves(held):
+            payload, state = self._coded()
+            made = _Multiplier(held, self.packed.codec.multiplier(payload, state))
+            # What is lent, or unpacked for this product, lies elsewhere the next time.
+            self._multiplier = None if self._owner or self.lent is not None or self.blobs else made
+        return made.products(x)
 
     def _coded(self) -> tuple[Payload, State]:
         """What is stored, as the codec knows it."""
@@ -141,6 +160,10 @@ class PackedTensors(nn.Module):
             weight = codec.decode(piece, state, dtype)
             out[:, start:stop] = functional.linear(numbers, weight)
         return out
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: a multiplier knows this module's memory, no other's."""
+        return {**self.__dict__, "_multiplier": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Let `fn` move the buffers but not cast them."""

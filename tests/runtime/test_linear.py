@@ -1,5 +1,7 @@
 """Packed linear layers compute with the decoded weight and never lose their codes."""
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -107,3 +109,22 @@ def test_a_mismatch_is_refused(name: str, shape: tuple[int, int]) -> None:
     model = nn.Sequential(nn.Linear(48, 24), nn.ReLU())
     with pytest.raises(UsageError, match=f"{name} is"):
         replace_linears(model, {name: PackedWeight(CODEC, shape, CODEC.spec(shape))})
+
+
+def test_a_copy_multiplies_with_its_own_codes_and_replaced_codes_are_seen() -> None:
+    wide = Affine(bits=4, group=Group("channel", 128))
+    generator = torch.Generator().manual_seed(1)
+    shape = (128, 256)
+    layer = PackedLinear(PackedWeight(wide, shape, wide.spec(shape)), None)
+    layer.load_state_dict(dict(wide.encode(torch.randn(shape, generator=generator), {}).tensors))
+    x = torch.randn(1, 256, generator=generator)
+    before = layer(x)
+    other = wide.encode(torch.randn(shape, generator=generator), {})
+    expected = x @ wide.decode(other, {}, torch.float32).T
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        torch.testing.assert_close(twin(x), before)
+        twin.load_state_dict(dict(other.tensors))
+        torch.testing.assert_close(twin(x), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer(x), before)
+    layer.load_state_dict(dict(other.tensors), assign=True)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from kvpack.core.errors import RecipeError
@@ -196,6 +196,14 @@ class Codec(Part, ABC):
         """
         query = query.float()
         return query @ self.decode(payload, state, query.dtype).mT
+
+    def multiplier(self, payload: Payload, state: State) -> Callable[[Tensor], Tensor]:
+        """What multiplies rows with the same payload [R, C] again and again: x [N, C] to x W^T [N, R].
+
+        Products have the dtype of x. Whatever does not depend on x may be found once: the payload's
+        tensors must stay where they are. By default through `scores`.
+        """
+        return lambda x: self.scores(x, payload, state).to(x.dtype)
 
     def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
         """Sums of the encoded tokens [..., T, D] with weights [..., M, T]: float32 [..., M, D].

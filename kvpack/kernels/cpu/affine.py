@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,6 @@ _KINDS = {
     torch.bfloat16: jit.BFLOAT16,
     torch.float8_e4m3fn: jit.FLOAT8,
 }
-_MOST_CHANNELS = 128
 _MANY_ROWS = 64
 _MOST_TOKENS = 512
 """Tokens that a thread takes at a time; short enough for threads to end together."""
@@ -34,11 +34,11 @@ def scores(query: Tensor, x: AffineCodes) -> Tensor:
     """See `kvpack.ops.packed_affine.scores`."""
     rows = _integer_rows(x)
     if rows is not None:
-        return _integer_products(query, x, rows)
+        return _integer_products(x, rows)(_stored(query), torch.float32)
     whole = x.channels // x.group * x.group
     head = _columns(x, 0, whole)
     if whole < x.channels and (rows := _integer_rows(head)) is not None:
-        found = _integer_products(query[..., :whole], head, rows)
+        found = _integer_products(head, rows)(_stored(query[..., :whole]), torch.float32)
         return found + scores(query[..., whole:], _columns(x, whole, x.channels))
     query = query.float().contiguous()
     out = query.new_empty((*query.shape[:-1], x.tokens))
@@ -73,6 +73,11 @@ def _columns(x: AffineCodes, start: int, stop: int) -> AffineCodes:
     return x._replace(codes=codes, scale=x.scale[..., groups], zero=zero, channels=stop - start, size=x.group)
 
 
+def _stored(query: Tensor) -> Tensor:
+    """A query as kernels can read it."""
+    return query if query.dtype in (torch.float32, torch.float16, torch.bfloat16) else query.float()
+
+
 class _Rows(NamedTuple):
     """How the rows of a weight are multiplied in integers, whatever the vectors are."""
 
@@ -99,9 +104,9 @@ def _rows(
     threads: int,
 ) -> _Rows | None:
     """None where rows are too short or too few for rounding the vectors to pay, or groups do not fit."""
-    if channels < 2 * _MOST_CHANNELS or rows < _MANY_ROWS or channels % group:
+    if channels < 2 * integer_rows.MOST_CHANNELS or rows < _MANY_ROWS or channels % group:
         return None
-    chunk = next((n for n in range(_MOST_CHANNELS, 0, -codes.LANES) if group % n == 0), 0)
+    chunk = next((n for n in range(integer_rows.MOST_CHANNELS, 0, -codes.LANES) if group % n == 0), 0)
     if not chunk:
         return None
     kinds, (zeros, zero_kind, zero_size) = _KINDS[scale], _stored_zeros(scale, zero)
@@ -129,24 +134,37 @@ def _integer_rows(x: AffineCodes) -> _Rows | None:
     return _rows(x.bits, x.group, x.channels, x.tokens, x.scale.dtype, zero, pool.threads())
 
 
-def _integer_products(query: Tensor, x: AffineCodes, rows: _Rows) -> Tensor:
-    """`scores` of one outer index by `integer_rows`."""
-    per = 2 if query.dtype == torch.float32 else 1
-    vectors = query.reshape(-1, x.channels).float().contiguous()
-    count, channels, group, tokens = vectors.shape[0], x.channels, x.group, x.tokens
-    out = torch.empty((*query.shape[:-1], tokens))
-    zero = x.scale if x.zero is None else x.zero
-    pool.run(
-        integer_rows.entry(),
-        -(-tokens // rows.per_item),
-        integer_rows.scratch_bytes(channels, count * per, rows.chunks, rows.padded),
-        *(tokens, channels, count, rows.per_item, x.codes.data_ptr(), x.codes.stride(-2)),
+def multiplier(x: AffineCodes) -> Callable[[Tensor], Tensor]:
+    """`scores` in the dtype of the query, for codes that are multiplied again and again."""
+    rows = _integer_rows(x)
+    if rows is None:
+        return lambda query: scores(query, x).to(query.dtype)
+    products = _integer_products(x, rows)
+    return lambda query: products(query, query.dtype)
+
+
+def _integer_products(x: AffineCodes, rows: _Rows) -> Callable[[Tensor, torch.dtype], Tensor]:
+    """`scores` of one outer index by `integer_rows`, in any dtype: what does not depend on the query is done."""
+    tokens, zero, entry = x.tokens, _zero(x), integer_rows.entry()
+    items = -(-tokens // rows.per_item)
+    fixed = (
+        *(rows.per_item, x.codes.data_ptr(), x.codes.stride(-2)),
         *(x.scale.data_ptr(), x.scale.stride(-2) * x.scale.element_size()),
         *(zero.data_ptr(), zero.stride(-2) * zero.element_size()),
-        *(group, rows.chunk, x.bits, rows.scales, rows.zeros, rows.fields),
-        *(vectors.data_ptr(), per, out.data_ptr(), *rows.frame),
+        *(x.group, rows.chunk, x.bits, rows.scales, rows.zeros, rows.fields),
     )
-    return out
+
+    def products(query: Tensor, dtype: torch.dtype) -> Tensor:
+        per = 2 if query.dtype == torch.float32 else 1
+        vectors, channels = query.contiguous(), x.channels  # x: the frame has addresses of its tensors
+        count = vectors.numel() // channels
+        out = torch.empty((*query.shape[:-1], tokens), dtype=dtype)
+        scratch = integer_rows.scratch_bytes(channels, count * per, rows.chunks, rows.padded)
+        given = (vectors.data_ptr(), per, out.data_ptr(), *rows.frame, _KINDS[query.dtype], _KINDS[dtype])
+        pool.run(entry, items, scratch, tokens, channels, count, *fixed, *given)
+        return out
+
+    return products
 
 
 def _zero(x: AffineCodes) -> Tensor:

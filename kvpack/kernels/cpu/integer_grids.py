@@ -48,7 +48,9 @@ def _eight(builder: Any, address: Any, first: Any, kind: Any) -> Any:
 
     def bfloat() -> Any:
         wide = ir.VectorType(I32, GROUPS)
-        return builder.bitcast(builder.shl(builder.zext(read(2, I16), wide), constant(wide, [16] * GROUPS)), EIGHT)
+        return builder.bitcast(
+            builder.shl(builder.zext(read(2, I16), wide), constant(wide, [16] * GROUPS)), EIGHT
+        )
 
     def float8() -> Any:
         words, result = read(1, I8), constant(EIGHT, [0.0] * GROUPS)

@@ -17,9 +17,10 @@ Numbers of a frame beside the pool's five (addresses; strides in bytes):
      5 R, 6 C, 7 vectors, 8 rows per item, 9 codes, 10 stride of a row, 11 scale, 12 stride, 13 zero,
     14 stride, 15 channels per group, 16 channels per chunk, 17 width of a code, 18 how steps are
     stored, 19 how zeros are, 20 codes in a word (1 where they are taken in order), 21 the vectors
-    float32 [n, C], 22 integers per number (1 or 2), 23 output [n, R], 24 `integer_vectors.key`,
+    [n, C], 22 integers per number (1 or 2; with 2 the output is float32), 23 output [n, R], 24 `integer_vectors.key`,
     25 chunks, 26 groups, 27 groups that scratch has room for, 28 chunks per group, 29 bytes of a row's
-    steps, 30 of its zeros, 31 how zeros that are no integers are stored
+    steps, 30 of its zeros, 31 how zeros that are no integers are stored, 32 how the vectors are, 33 how
+    the output is
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from kvpack.kernels.cpu import integer_grids, integer_vectors, jit, vectors
 from kvpack.kernels.cpu.integer_grids import GROUPS
 from kvpack.kernels.cpu.jit import ENTRY, at, device
 
+MOST_CHANNELS = 128
+"""Channels of a chunk: the sums of their products fit 32 bits for every width."""
 _PRODUCTS = 4
 """Products that are made at a time: of two rows with up to two vectors, or of one with four."""
 _SUMS = integer_vectors.SUMS
@@ -46,24 +49,25 @@ def _round_vectors(f: Any, integers: Any, factors: Any, sums: Any, numbers: Any)
     """
     channels, count, chunk, per = at(f, 6), at(f, 7), at(f, 16), at(f, 22)
     chunks, groups, each = at(f, 25), at(f, 27), at(f, 28)
+    kind, found = at(f, 32), numbers + 4 * MOST_CHANNELS
+    size = 4 if kind == jit.FLOAT32 else 2
     jit.fill(sums, count * per * groups, 0.0)
     for n in range(count):
-        source = at(f, 21) + 4 * n * channels
+        source = at(f, 21) + size * n * channels
         line, target = factors + 4 * n * per * chunks, integers + 2 * n * per * channels
         for c in range(chunks):
-            vectors.peak_and_sum(source + 4 * c * chunk, chunk, numbers)
+            jit.widen(source + size * c * chunk, kind, chunk, numbers)
+            vectors.peak_and_sum(numbers, chunk, found)
             # A chunk of zeros has a factor, too.
-            factor = max(jit.read_float(numbers), np.float32(1e-30)) / np.float32(32767)
+            factor = max(jit.read_float(found), np.float32(1e-30)) / np.float32(32767)
             place = sums + 4 * (n * per * groups + c // each)
-            jit.write_float(place, jit.read_float(place) + jit.read_float(numbers + 4))
+            jit.write_float(place, jit.read_float(place) + jit.read_float(found + 4))
             jit.write_float(line + 4 * c, factor)
             out, rest = target + 2 * c * chunk, 0
             if per == 2:
                 jit.write_float(line + 4 * (chunks + c), factor / np.float32(32767))
                 rest = out + 2 * channels
-            integer_grids.round_chunk(
-                source + 4 * c * chunk, chunk, np.float32(1) / factor, at(f, 20), out, rest
-            )
+            integer_grids.round_chunk(numbers, chunk, np.float32(1) / factor, at(f, 20), out, rest)
 
 
 @device
@@ -108,13 +112,15 @@ def _multiply(f: Any, r: Any, pair: Any, begin: Any, together: Any, x: Any, room
     integer_vectors.rows(
         codes, apart, x, at(f, 6), weights, starts, chunks + GROUPS, chunks, at(f, 16), room, key
     )
+    kind = at(f, 33)
     for b in range(pair):
         for n in range(begin, begin + together):
-            place = at(f, 23) + 4 * ((n >> (per - 1)) * rows + r + b)
-            total = jit.read_float(room)
+            index, total = (n >> (per - 1)) * rows + r + b, jit.read_float(room)
             room += 4
             # What the first integers left over is added to their product.
-            jit.write_float(place, total + jit.read_float(place) if n & (per - 1) else total)
+            if n & (per - 1):
+                total += jit.read_float(at(f, 23) + 4 * index)
+            jit.write(at(f, 23), kind, index, total)
 
 
 @device
@@ -169,7 +175,8 @@ def scratch_bytes(channels: int, integers: int, chunks: int, groups: int) -> int
     `groups` is padded to a multiple of `integer_grids.GROUPS`.
     """
     held = 2 * integers * channels + 4 * (integers * chunks + GROUPS + integers * groups)
-    return held + 4 * _PRODUCTS * (1 + _SUMS + chunks + GROUPS) + 12 * groups
+    row = 4 * _PRODUCTS * (1 + _SUMS + chunks + GROUPS) + 12 * groups
+    return held + max(row, 4 * (MOST_CHANNELS + 2))
 
 
 @jit.built_once

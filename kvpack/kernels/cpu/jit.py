@@ -184,6 +184,17 @@ def read(address: Any, kind: Any, index: Any) -> Any:
 
 
 @device
+def write(address: Any, kind: Any, index: Any, number: Any) -> Any:
+    """Store a float32 number among numbers of a kind (float32, float16, bfloat16)."""
+    if kind == FLOAT32:
+        write_float(address + 4 * index, number)
+    elif kind == FLOAT16:
+        write_half(address + 2 * index, number)
+    else:
+        write_bfloat(address + 2 * index, number)
+
+
+@device
 def widen(address: Any, kind: Any, count: Any, out: Any) -> Any:
     """Write `count` stored numbers as float32 to `out`."""
     if kind == FLOAT32:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import torch
 
 Entry = Any
@@ -53,10 +53,9 @@ def run(entry: Entry, items: int, scratch: int, *arguments: int) -> None:
     """
     count = min(threads(), items)
     room = -(-scratch // 64) * 64
-    held = np.empty(count * room + 64, np.uint8)
-    start = -(-held.ctypes.data // 64) * 64
-    frame = np.array((0, items, 0, start, room, *arguments), np.int64)
-    address = frame.ctypes.data
+    held = torch.empty(count * room + 64, dtype=torch.uint8)
+    frame = array("q", (0, items, 0, -(-held.data_ptr() // 64) * 64, room, *arguments))
+    address = frame.buffer_info()[0]
     parallel = _parallel()
     if count <= 1:
         entry.ctypes(address)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -155,6 +156,10 @@ class Affine(GridCodec):
     def scores(self, query: Tensor, payload: Payload, state: State) -> Tensor:
         """Products with the codes, a few rows at a time."""
         return kernels.affine.scores(query, self._packed(payload))
+
+    def multiplier(self, payload: Payload, state: State) -> Callable[[Tensor], Tensor]:
+        """Products with the codes, with everything but the rows prepared."""
+        return kernels.affine.multiplier(self._packed(payload))
 
     def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
         """Sums of the codes, a few rows at a time."""
