@@ -76,6 +76,10 @@ def attention(
     Returns:
         Weighted values float32 [B, K, M, D], maxima and sums of weights [B, K, M].
     """
+    if softcap is None and keys.channels == values.channels and _cpu(query, keys) and _cpu(query, values):
+        from kvpack.kernels.cpu import affine
+
+        return affine.attention(query, keys, values, start, tokens, mask)
     if not choice.on_gpu(query, keys.codes, keys.scale, keys.zero, values.codes, values.scale, values.zero):
         return None
     from kvpack.kernels.triton import affine_attention, attention_plan

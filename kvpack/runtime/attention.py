@@ -13,10 +13,9 @@ FlashAttention, arXiv 2205.14135, algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor
 from kvpack.kernels import choice
 from kvpack.runtime.overlay import Overlay
 from kvpack.runtime.plane import PlaneCache
-from kvpack.runtime.sides import Keys, Values
+from kvpack.runtime.sides import Keys, Values, pieces
 from kvpack.runtime.tokens import TokenTrack
 
 BLOCK_SCORES = 1 << 18
@@ -59,7 +58,7 @@ class _Running:
         self.total = rows.new_zeros(rows.shape[:-1])
         self.values: dict[bool, Tensor] = {}
 
-    def add(self, scores: Tensor, mix: Callable[[Tensor], tuple[Tensor, bool]]) -> None:
+    def add(self, scores: Tensor, mix: Callable[[Tensor], Mapping[bool, Tensor]]) -> None:
         """Take in scores [B, K, M, t], which are overwritten, and what `mix` makes of their weights."""
         maximum = torch.maximum(self.maximum, scores.amax(-1))
         # A row that has read nothing yet has no maximum to subtract.
@@ -69,9 +68,12 @@ class _Running:
         self.total = self.total * decay + weights.sum(-1)
         for held in self.values.values():
             held.mul_(decay.unsqueeze(-1))
-        mixed, coded = mix(weights)
-        self.values[coded] = self.values[coded] + mixed if coded in self.values else mixed
+        self._add_values(mix(weights))
         self.maximum = maximum
+
+    def _add_values(self, found: Mapping[bool, Tensor]) -> None:
+        for coded, values in found.items():
+            self.values[coded] = self.values[coded] + values if coded in self.values else values
 
     def join(self, values: Tensor, maximum: Tensor, total: Tensor) -> None:
         """Take in weighted values [B, K, M, D] in the basis of the codes, with their maxima and sums."""
@@ -81,8 +83,7 @@ class _Running:
         self.total = self.total * before + total * now
         for held in self.values.values():
             held.mul_(before.unsqueeze(-1))
-        added = values * now.unsqueeze(-1)
-        self.values[True] = self.values[True] + added if True in self.values else added
+        self._add_values({True: values * now.unsqueeze(-1)})
         self.maximum = highest
 
     def add_sinks(self, scores: Tensor) -> None:
@@ -161,20 +162,21 @@ def attend(
     rows = call.query.float().mul(call.scaling).reshape(batch, kv_heads, -1, channels)
     key_side, value_side = Keys(keys, track, rows), Values(values, track)
     masks, running = _Masks(call, overlay, kv_heads, start, keys.length), _Running(rows)
-    # One kernel of a GPU holds no scores of more than a tile.
-    most = keys.length if choice.on_gpu(call.query) else max(1, BLOCK_SCORES // (batch * heads * tokens))
-    for begin, end in _blocks(start, keys.length, (*key_side.edges(), *value_side.edges()), most):
+    rest = []
+    for begin, end in pieces(start, keys.length, key_side.edges | value_side.edges):
         found = _together(call, key_side, value_side, masks, begin, end)
         if found is not None:
             running.join(*found)
-            continue
+        else:
+            rest.append((begin, end))
+    for begin, end in _blocks(rest, max(1, BLOCK_SCORES // (batch * heads * tokens))):
         scores = masks.applied(_capped(key_side.scores(begin, end), call.softcap), begin, end)
         running.add(scores, partial(value_side.mix, start=begin, stop=end))
     protected = masks.protected()
     if protected is not None:
         exact_keys, exact_values, mask = protected
         scores = _capped(rows @ exact_keys.float().mT, call.softcap) + mask
-        running.add(scores, lambda weights: (weights @ exact_values.float(), False))
+        running.add(scores, lambda weights: {False: weights @ exact_values.float()})
     if call.sinks is not None:
         running.add_sinks(call.sinks.float().reshape(1, kv_heads, -1).repeat_interleave(tokens, -1))
     total = running.total.unsqueeze(-1)
@@ -187,23 +189,27 @@ def _together(
     call: Call, keys: Keys, values: Values, masks: _Masks, begin: int, end: int
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Weighted values, maxima and sums of weights from one kernel; None where there is none for it."""
-    if not choice.on_gpu(call.query) or keys.dual is None or not values.on_codes:
+    if keys.dual is None or not values.on_codes:
         return None
     key, value, mask = keys.coded(begin, end), values.coded(begin, end), masks.of_tokens(begin, end)
     if key is None or value is None or key.before != value.before or mask is False:
         return None
-    query = keys.dual.to(call.query.dtype)
+    query = keys.dual.to(call.query.dtype) if choice.on_gpu(call.query) else keys.dual
     return key.codec.attend(
         query, key.payload, value.codec, value.payload, key.before, end - begin, mask, call.softcap
     )
 
 
-def _blocks(start: int, stop: int, edges: Iterable[int], most: int) -> Iterator[tuple[int, int]]:
-    """Stretches of up to `most` slots that cross no edge."""
-    inner = {edge for edge in edges if start < edge < stop}
-    for first, last in pairwise(sorted({start, stop} | inner)):
-        for begin in range(first, last, most):
-            yield begin, min(last, begin + most)
+def _blocks(stretches: Iterable[tuple[int, int]], most: int) -> Iterator[tuple[int, int]]:
+    """The same slots in blocks of up to `most`; stretches that touch are one."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in stretches:
+        if joined and joined[-1][1] == start:
+            start = joined.pop()[0]
+        joined.append((start, stop))
+    for start, stop in joined:
+        for begin in range(start, stop, most):
+            yield begin, min(stop, begin + most)
 
 
 def _capped(scores: Tensor, softcap: float | None) -> Tensor:

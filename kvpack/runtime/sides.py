@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -16,6 +18,11 @@ from kvpack.core.types import Payload
 from kvpack.runtime.plane import PlaneCache
 from kvpack.runtime.tier import Tier
 from kvpack.runtime.tokens import TokenTrack
+
+
+def pieces(start: int, stop: int, edges: frozenset[int]) -> Iterator[tuple[int, int]]:
+    """Stretches of slots that cross no edge."""
+    return pairwise(sorted({start, stop} | {edge for edge in edges if start < edge < stop}))
 
 
 class Coded(NamedTuple):
@@ -31,9 +38,10 @@ class _Side:
 
     def __init__(self, plane: PlaneCache, track: TokenTrack) -> None:
         self.plane, self.track = plane, track
-
-    def edges(self) -> Iterator[int]:
+        self.edges = frozenset(self._edges())
         """Slots at which tiers, runs of blocks and the tail begin."""
+
+    def _edges(self) -> Iterator[int]:
         slot = self.plane.boundary - self.plane.stored_tokens
         for tier in reversed(self.plane.tiers):
             for length in tier.store.lengths():
@@ -121,6 +129,11 @@ class Keys(_Side):
 
     def scores(self, start: int, stop: int) -> Tensor:
         """[B, K, M, stop - start]."""
+        found = [self._scores(*piece) for piece in pieces(start, stop, self.edges)]
+        return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+    def _scores(self, start: int, stop: int) -> Tensor:
+        """The same of slots that cross no edge."""
         found = self.tier_of(start)
         if found is None:
             return self.query @ self.exact(start, stop).mT
@@ -140,8 +153,16 @@ class Values(_Side):
         super().__init__(plane, track)
         self.on_codes = plane.keeps_heads and all(t.linear for t, _, _ in plane.transforms)
 
-    def mix(self, weights: Tensor, start: int, stop: int) -> tuple[Tensor, bool]:
-        """[B, K, M, D], and whether it is still in the basis of the codes."""
+    def mix(self, weights: Tensor, start: int, stop: int) -> dict[bool, Tensor]:
+        """[B, K, M, D] by whether it is still in the basis of the codes."""
+        sums: dict[bool, Tensor] = {}
+        for first, last in pieces(start, stop, self.edges):
+            found, coded = self._mix(weights[..., first - start : last - start], first, last)
+            sums[coded] = sums[coded] + found if coded in sums else found
+        return sums
+
+    def _mix(self, weights: Tensor, start: int, stop: int) -> tuple[Tensor, bool]:
+        """Sums of slots that cross no edge, and whether they are still in the basis of the codes."""
         found = self.tier_of(start)
         if found is None:
             return weights @ self.exact(start, stop), False

@@ -134,3 +134,63 @@ def test_what_is_not_a_number_shows() -> None:
     x = coded((64, 512), 4, "channel", 128)
     query = torch.full((1, 512), torch.nan)
     assert affine.scores(query, x).isnan().all()
+
+
+def attended(
+    query: Tensor, keys: AffineCodes, values: AffineCodes, start: int, tokens: int, mask: Tensor | None
+) -> Tensor:
+    """Attention over decoded keys and values in float64."""
+    part = slice(start, start + tokens)
+    exact, summed = (packed_affine.dense(x, torch.float32).double()[..., part, :] for x in (keys, values))
+    scores = query.double() @ exact.mT
+    if mask is not None:
+        scores = scores + mask.double()[:, None, None]
+    return scores.softmax(-1) @ summed
+
+
+def whole(found: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
+    """Unnormalised attention, normalised; its maxima and sums agree with each other."""
+    assert found is not None
+    values, maxima, total = found
+    assert bool(torch.isfinite(maxima).all()) and bool((total > 0.99).all())
+    return values / total.unsqueeze(-1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("keys", "values"), [(0, 1), (2, 2), (3, 5), (4, 6)])
+def test_attention_over_codes(bits: int, keys: int, values: int) -> None:
+    shape, generator = (2, 3, 64, 80), torch.Generator().manual_seed(bits)
+    k, v = (coded(shape, bits, *GRIDS[grid]) for grid in (keys, values))  # type: ignore[arg-type]
+    query = torch.randn((2, 3, 5, 80), generator=generator)
+    found = whole(affine.attention(query, k, v, 0, 64, None, None))
+    assert distance(found, attended(query, k, v, 0, 64, None)) < 3e-6
+
+
+@pytest.mark.parametrize(("start", "tokens"), [(0, 1), (3, 31), (32, 33), (7, 505), (0, 1030)])
+def test_attention_over_a_part_on_any_number_of_threads(start: int, tokens: int, threads: int) -> None:
+    del threads
+    generator = torch.Generator().manual_seed(tokens)
+    k, v = coded((1, 1, 1040, 16), 4, "token", 8), coded((1, 1, 1040, 16), 4, "channel", 16)
+    query = 4 * torch.randn((1, 1, 4, 16), generator=generator)
+    found = whole(affine.attention(query, k, v, start, tokens, None, None))
+    assert distance(found, attended(query, k, v, start, tokens, None)) < 3e-6
+
+
+def test_attention_with_a_mask_that_may_hide_everything() -> None:
+    k, v = coded((2, 2, 96, 64), 4, "token", 32), coded((2, 2, 96, 64), 4, "channel", 32)
+    query = torch.randn((2, 2, 4, 64), generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(2, 96)
+    mask[0, :50] = -torch.inf
+    found = whole(affine.attention(query, k, v, 0, 96, mask, None))
+    assert distance(found, attended(query, k, v, 0, 96, mask)) < 3e-6
+    mask[1] = -torch.inf
+    hidden = affine.attention(query, k, v, 0, 96, mask, None)
+    assert hidden is not None
+    values, maxima, total = hidden
+    assert bool((maxima[1] == -torch.inf).all()) and not bool(total[1].any()) and not bool(values[1].any())
+    torch.testing.assert_close((values / total.unsqueeze(-1))[0], found[0])
+
+
+def test_scores_with_a_bound_are_left_to_the_reference() -> None:
+    x = coded((1, 2, 64, 64), 4, "channel", 32)
+    assert affine.attention(torch.zeros(1, 2, 4, 64), x, x, 0, 64, None, 30.0) is None

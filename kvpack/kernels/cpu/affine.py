@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvpack.kernels.cpu import affine_rows, codes, integer_grids, integer_rows, integer_vectors, jit, pool
+from kvpack.kernels.cpu import (
+    affine_attention,
+    affine_rows,
+    codes,
+    integer_grids,
+    integer_rows,
+    integer_vectors,
+    jit,
+    pool,
+)
 from kvpack.kernels.cpu.tiles import TILE
 from kvpack.ops.packed_affine import AffineCodes
 
@@ -187,21 +197,65 @@ def _run(mode: int, x: AffineCodes, per_item: int, source: Tensor | None, out: T
     if not out.numel() or not x.tokens:
         out.zero_()
         return
-    if x.axis == "channel":  # grids of several rows are read at once
-        x = x._replace(scale=_rows_together(x.scale), zero=None if x.zero is None else _rows_together(x.zero))
+    x = _with_rows_together(x)
     items = -(-x.tokens // per_item)
-    heads = x.codes.shape[-3] if x.codes.dim() > 2 else 1
     rows, address = (0, 0) if source is None else (source.shape[-2], source.data_ptr())
+    frame = _frame(mode, x, x.tokens, rows, per_item, items, address, out.data_ptr())
+    scratch = affine_rows.scratch_bytes(x.channels)
+    pool.run(affine_rows.entry(), x.outer * items, scratch, *frame, _KINDS[out.dtype])
+
+
+def _frame(
+    mode: int, x: AffineCodes, tokens: int, rows: int, per_item: int, items: int, source: int, out: int
+) -> tuple[int, ...]:
+    """Numbers 5 to 30 of a frame of `affine_rows`."""
+    heads = x.codes.shape[-3] if x.codes.dim() > 2 else 1
     axis = affine_rows.TOKEN if x.axis == "token" else affine_rows.CHANNEL
-    pool.run(
-        affine_rows.entry(),
-        x.outer * items,
-        affine_rows.scratch_bytes(x.channels),
-        *(heads, x.tokens, x.channels, rows, per_item, items),
+    return (
+        *(heads, tokens, x.channels, rows, per_item, items),
         *(*_place(x.codes), *_place(x.scale), *_place(_zero(x))),
-        *(x.group, address, out.data_ptr()),
-        *(mode, axis, x.bits, _KINDS[x.scale.dtype], _zeros(x), _KINDS[out.dtype]),
+        *(x.group, source, out, mode, axis, x.bits, _KINDS[x.scale.dtype], _zeros(x)),
     )
+
+
+def attention(
+    query: Tensor, keys: AffineCodes, values: AffineCodes, start: int, tokens: int, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kvpack.kernels.affine.attention`; without a bound on scores."""
+    query, (keys, values) = query.float().contiguous(), (_with_rows_together(x) for x in (keys, values))
+    heads, per_item = query.shape[:-1], max(TILE, tokens)
+    if keys.outer < 2 * pool.threads():
+        per_item = max(TILE, -(-tokens // (2 * pool.threads())) // TILE * TILE)
+    parts = -(-tokens // per_item)
+    found = torch.empty((parts, *heads, keys.channels))
+    maxima, sums = torch.empty((parts, *heads)), torch.empty((parts, *heads))
+    rest = query.shape[-2], per_item, parts, query.data_ptr(), found.data_ptr()
+    value_frame = array("q", (0,) * 5 + _frame(affine_rows.MIX, values, tokens, *rest))
+    pool.run(
+        affine_attention.entry(),
+        keys.outer * parts,
+        affine_attention.scratch_bytes(keys.channels, query.shape[-2]),
+        *_frame(affine_rows.SCORES, keys, tokens, *rest),
+        *(value_frame.buffer_info()[0], start, maxima.data_ptr(), sums.data_ptr()),
+        0 if mask is None else mask.data_ptr(),
+    )
+    return _joined(found, maxima, sums)
+
+
+def _joined(values: Tensor, maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Stretches [part, ...] of the same heads as one."""
+    if len(values) == 1:
+        return values[0], maxima[0], sums[0]
+    highest = maxima.amax(0)
+    share = torch.exp(maxima - highest.masked_fill(highest == -torch.inf, 0.0))
+    return (values * share.unsqueeze(-1)).sum(0), highest, (sums * share).sum(0)
+
+
+def _with_rows_together(x: AffineCodes) -> AffineCodes:
+    """Codes whose grid can be read several rows at once."""
+    if x.axis == "token":
+        return x
+    return x._replace(scale=_rows_together(x.scale), zero=None if x.zero is None else _rows_together(x.zero))
 
 
 def _rows_together(tensor: Tensor) -> Tensor:

@@ -124,6 +124,15 @@ def _by_channel_group(
 
 
 @device
+def decode_tile(f: Any, b: Any, k: Any, start: Any, count: Any, rows: Any, step: Any, offset: Any) -> Any:
+    """Decode `count` rows of a head from row `start` on to `rows`; `step` and `offset` are scratch."""
+    if at(f, 27) == TOKEN:
+        _by_token_group(f, b, k, start, count, rows, step, offset)
+    else:
+        _by_channel_group(f, b, k, start, count, rows, step, offset)
+
+
+@device
 def _work(f: Any) -> Any:
     """Take items until none is left."""
     tokens, channels, queries, parts = at(f, 6), at(f, 7), at(f, 8), at(f, 10)
@@ -143,16 +152,13 @@ def _work(f: Any) -> Any:
             jit.fill(total, queries * channels, 0.0)
         for start in range(part * at(f, 9), last, TILE):
             count = min(TILE, last - start)
-            if at(f, 27) == TOKEN:
-                _by_token_group(f, b, k, start, count, rows, step, offset)
-            else:
-                _by_channel_group(f, b, k, start, count, rows, step, offset)
+            decode_tile(f, b, k, start, count, rows, step, offset)
             row = 4 * (o * queries * tokens + start)
             if at(f, 26) == SCORES:
                 query = at(f, 24) + 4 * o * queries * channels
-                products(rows, count, channels, query, queries, at(f, 25) + row, tokens)
+                products(rows, 4 * channels, count, channels, query, queries, at(f, 25) + row, 4 * tokens)
             elif at(f, 26) == MIX:
-                sums(rows, count, channels, at(f, 24) + row, tokens, queries, total)
+                sums(rows, 4 * channels, count, channels, at(f, 24) + row, queries, total, 4 * tokens)
             else:
                 size = 4 if at(f, 31) == jit.FLOAT32 else 2
                 place = at(f, 25) + size * (o * tokens + start) * channels

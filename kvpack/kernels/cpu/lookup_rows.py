@@ -241,9 +241,9 @@ def _use(f: Any, o: Any, start: Any, count: Any, rows: Any, total: Any) -> Any:
     row = 4 * (o * queries * tokens + start)
     if at(f, 26) == SCORES:
         query = at(f, 23) + 4 * o * queries * at(f, 24)
-        products(rows, count, channels, query, queries, at(f, 25) + row, tokens)
+        products(rows, 4 * channels, count, channels, query, queries, at(f, 25) + row, 4 * tokens)
     elif at(f, 26) == MIX:
-        sums(rows, count, channels, at(f, 23) + row, tokens, queries, total)
+        sums(rows, 4 * channels, count, channels, at(f, 23) + row, queries, total, 4 * tokens)
     elif at(f, 26) == DENSE:
         size = 4 if at(f, 31) == jit.FLOAT32 else 2
         place = at(f, 25) + size * (o * tokens + start) * channels

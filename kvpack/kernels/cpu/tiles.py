@@ -13,33 +13,45 @@ TILE = 32
 
 
 @device
-def products(rows: Any, count: Any, channels: Any, query: Any, queries: Any, out: Any, tokens: Any) -> Any:
-    """Products of `count` rows with the queries [M, D], to the first columns of `out` [M, T]."""
-    whole = queries // 4 * 4 if channels % LANES == 0 else 0
+def products(
+    rows: Any, stride: Any, count: Any, channels: Any, query: Any, queries: Any, out: Any, line: Any
+) -> Any:
+    """Products of `count` rows, `stride` bytes apart, with the queries [M, D], to the first columns of `out`.
+
+    `line` bytes lie between what belongs to one query and the next.
+    """
+    pairs = count // 2 * 2 if channels % 8 == 0 else 0
+    fours, width = queries // 4 * 4 if pairs else 0, 4 * channels
+    for i in range(0, pairs, 2):
+        row = rows + i * stride
+        for m in range(0, fours, 4):
+            place = out + m * line + 4 * i
+            vectors.two_by_four_dots(row, stride, query + m * width, width, channels, place, line)
     for i in range(count):
-        row = rows + 4 * i * channels
-        for m in range(0, whole, 4):
-            place = out + 4 * (m * tokens + i)
-            vectors.four_dots(row, query + 4 * m * channels, 4 * channels, channels, place, 4 * tokens)
-        for m in range(whole, queries):
-            total = vectors.product(row, query + 4 * m * channels, channels)
-            jit.write_float(out + 4 * (m * tokens + i), total)
+        row = rows + i * stride
+        for m in range(fours if i < pairs else 0, queries):
+            jit.write_float(out + m * line + 4 * i, vectors.product(row, query + m * width, channels))
 
 
 @device
-def sums(rows: Any, count: Any, channels: Any, weights: Any, tokens: Any, queries: Any, out: Any) -> Any:
-    """Add `count` rows, with the first columns of the weights [M, T], to `out` [M, D]."""
-    whole, fours = channels // LANES * LANES, queries // 4 * 4
-    width, line = 4 * channels, 4 * tokens
+def sums(
+    rows: Any, stride: Any, count: Any, channels: Any, weights: Any, queries: Any, out: Any, line: Any
+) -> Any:
+    """Add `count` rows, `stride` bytes apart, with the first columns of the weights to `out` [M, D].
+
+    `line` bytes lie between the weights of one query and the next.
+    """
+    whole, fours, width = channels // LANES * LANES, queries // 4 * 4, 4 * channels
     for j in range(0, whole, LANES):
         for m in range(0, fours, 4):
             first, target = weights + m * line, out + m * width + 4 * j
-            vectors.add_rows_to_four(target, width, rows + 4 * j, width, first, line, count)
+            vectors.add_rows_to_four(target, width, rows + 4 * j, stride, first, line, count)
         for m in range(fours, queries):
-            vectors.add_rows(out + m * width + 4 * j, rows + 4 * j, width, weights + m * line, count)
+            vectors.add_rows(out + m * width + 4 * j, rows + 4 * j, stride, weights + m * line, count)
     for m in range(queries):
         for j in range(whole, channels):
             total = jit.read_float(out + m * width + 4 * j)
             for i in range(count):
-                total += jit.read_float(weights + m * line + 4 * i) * jit.read_float(rows + i * width + 4 * j)
+                weight = jit.read_float(weights + m * line + 4 * i)
+                total += weight * jit.read_float(rows + i * stride + 4 * j)
             jit.write_float(out + m * width + 4 * j, total)

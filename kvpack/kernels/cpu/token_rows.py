@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numba import cfunc
 
-from kvpack.kernels.cpu import jit, row_vectors, vectors
+from kvpack.kernels.cpu import jit, row_vectors
 from kvpack.kernels.cpu.affine_rows import (
     CHANNEL,
     MIX,
@@ -30,6 +30,7 @@ from kvpack.kernels.cpu.affine_rows import (
 )
 from kvpack.kernels.cpu.codes import LANES
 from kvpack.kernels.cpu.jit import ENTRY, at, device
+from kvpack.kernels.cpu.tiles import products, sums
 
 LEVELS, LEVELS_BY_TOKEN, NUMBERS = range(2, 5)
 """Sources beside `CHANNEL` and `TOKEN` groups of affine codes: levels with a range per channel, or per
@@ -123,34 +124,6 @@ def _turn(f: Any, b: Any, start: Any, count: Any, rows: Any, out: Any) -> Any:
 
 
 @device
-def _products(
-    rows: Any, stride: Any, count: Any, width: Any, query: Any, queries: Any, out: Any, line: Any
-) -> Any:
-    """Products of `count` rows with the queries [M, D], to the first columns of `out`, rows `line` apart."""
-    fours = queries // 4 * 4
-    for i in range(count):
-        row = rows + i * stride
-        for m in range(0, fours, 4):
-            vectors.four_dots(row, query + 4 * m * width, 4 * width, width, out + m * line + 4 * i, line)
-        for m in range(fours, queries):
-            jit.write_float(out + m * line + 4 * i, vectors.product(row, query + 4 * m * width, width))
-
-
-@device
-def _sums(
-    rows: Any, stride: Any, count: Any, width: Any, weights: Any, queries: Any, out: Any, line: Any
-) -> Any:
-    """Add `count` rows, with the first columns of the weights, rows `line` apart, to `out` [M, D]."""
-    fours = queries // 4 * 4
-    for j in range(0, width, LANES):
-        for m in range(0, fours, 4):
-            first, target = weights + m * line, out + 4 * (m * width + j)
-            vectors.add_rows_to_four(target, 4 * width, rows + 4 * j, stride, first, line, count)
-        for m in range(fours, queries):
-            vectors.add_rows(out + 4 * (m * width + j), rows + 4 * j, stride, weights + m * line, count)
-
-
-@device
 def _decode(f: Any, b: Any, k: Any, start: Any, count: Any, rows: Any, step: Any, offset: Any) -> Any:
     kind = at(f, 27)
     if kind == TOKEN:
@@ -203,10 +176,10 @@ def _work(f: Any) -> Any:
                 line = 4 * (head * tokens + start)
                 if at(f, 26) == SCORES:
                     query = at(f, 24) + 4 * head * width
-                    _products(row, 4 * channels, count, width, query, queries, at(f, 25) + line, 4 * tokens)
+                    products(row, 4 * channels, count, width, query, queries, at(f, 25) + line, 4 * tokens)
                 else:
                     target = total + 4 * h * queries * width
-                    _sums(row, 4 * channels, count, width, at(f, 24) + line, queries, target, 4 * tokens)
+                    sums(row, 4 * channels, count, width, at(f, 24) + line, queries, target, 4 * tokens)
 
 
 @jit.built_once

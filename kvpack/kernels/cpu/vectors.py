@@ -74,24 +74,39 @@ def dot(typing: Any, a: Any, b: Any, count: Any) -> Any:
 
 
 @intrinsic
-def four_dots(typing: Any, a: Any, b: Any, stride: Any, count: Any, out: Any, step: Any) -> Any:
-    """Products of a row with four rows `stride` bytes apart, to numbers `step` bytes apart."""
+def two_by_four_dots(
+    typing: Any, rows: Any, apart: Any, others: Any, stride: Any, count: Any, out: Any, step: Any
+) -> Any:
+    """Products of two rows, `apart` bytes apart, with four others, `stride` bytes apart.
+
+    Those of one other row are neighbours; `step` bytes lie between others. `count` is a multiple of 8.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        a, b, stride, count, out, step = arguments
-        rows = [builder.add(b, builder.mul(stride, I64(n))) for n in range(4)]
-        vectors = _dots(builder, a, rows, count)
-        # Neighbours are added until each row has one number left: a tree for all four together.
-        while len(vectors) > 1:
-            vectors = [_pairwise(builder, *pair) for pair in zip(vectors[::2], vectors[1::2], strict=True)]
-        (sums,) = vectors
-        while sums.type.count > 4:
-            sums = _pairwise(builder, sums, None)
+        rows, apart, others, stride, count, out, step = arguments
+        eight = ir.VectorType(F32, 8)
+        lines = [builder.add(others, builder.mul(stride, I64(n))) for n in range(4)]
+
+        def one(at: Any, sums: list[Any]) -> list[Any]:
+            place = builder.mul(at, I64(4))
+            pair = [load(builder, builder.add(row, place), eight) for row in (rows, builder.add(rows, apart))]
+            numbers = [load(builder, builder.add(line, place), eight) for line in lines]
+            products = [(x, y) for y in numbers for x in pair]
+            return [fused(builder, x, y, held) for (x, y), held in zip(products, sums, strict=True)]
+
+        found = loop(builder, count, 8, [ir.Constant(eight, [0.0] * 8)] * 8, one)
+        # Neighbours are added until every product has one number left: a tree for all eight together.
+        while len(found) > 1:
+            found = [_pairwise(builder, *pair) for pair in zip(found[::2], found[1::2], strict=True)]
+        two = ir.VectorType(F32, 2)
         for n in range(4):
-            store(builder, builder.extract_element(sums, I32(n)), builder.add(out, builder.mul(step, I64(n))))
+            places = ir.Constant(ir.VectorType(I32, 2), [2 * n, 2 * n + 1])
+            part = builder.shuffle_vector(found[0], ir.Constant(eight, ir.Undefined), places)
+            address = builder.add(out, builder.mul(step, I64(n)))
+            builder.store(part, builder.inttoptr(address, two.as_pointer())).align = 4
         return context.get_dummy_value()
 
-    return types.void(*[ADDRESS] * 6), generate
+    return types.void(*[ADDRESS] * 7), generate
 
 
 def _dots(builder: Any, row: Any, others: Sequence[Any], count: Any) -> list[Any]:
