@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvpack.core.model_spec import AttentionSpec
-from kvpack.core.roles import Codec, Part, Plane, Retriever, TierPolicy, Transform
+from kvpack.core.roles import Codec, Part, Plane, Retriever, RowTransform, TierPolicy, Transform
 from kvpack.core.types import Shape, TensorSpec
 from kvpack.recipe.inputs_plan import InputsPlan, basis_name
 
@@ -75,7 +75,7 @@ class PlanePlan:
     @property
     def in_rows(self) -> bool:
         """Whether what is stored can be brought back to the model's basis token by token, see `Reading`."""
-        return all(t.in_rows for t in self.online) and all(codec.in_rows for codec in self.codecs)
+        return all(isinstance(t, RowTransform) for t in self.online) and all(c.in_rows for c in self.codecs)
 
     def coded_shape(self, shape: Shape) -> Shape:
         """Shape [B, K', T, D'] that the codecs see for a plane of `shape` [B, K, T, D]."""

@@ -8,19 +8,12 @@ number generator or another part's file.
 from __future__ import annotations
 
 from kvpack.core.roles.allocators import Allocator
-from kvpack.core.roles.compression import (
-    ClassedCodec,
-    Codec,
-    DiagonalTransform,
-    GridCodec,
-    MaskedCodec,
-    Transform,
-)
+from kvpack.core.roles.codecs import ClassedCodec, Codec, GridCodec, MaskedCodec, VectorCodec
 from kvpack.core.roles.packers import Packer
 from kvpack.core.roles.part import Part
 from kvpack.core.roles.sparsity import Thresholds
 from kvpack.core.roles.tokens import Plane, Retriever, Scorer, TierPolicy
-from kvpack.core.roles.vectors import VectorCodec
+from kvpack.core.roles.transforms import DiagonalTransform, RowTransform, Transform
 from kvpack.core.roles.weights import Solver
 
 __all__ = [
@@ -35,6 +28,7 @@ __all__ = [
     "Part",
     "Plane",
     "Retriever",
+    "RowTransform",
     "Scorer",
     "Solver",
     "Thresholds",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
-from kvpack.core.roles.compression import Codec
+from kvpack.core.roles.codecs import Codec
 from kvpack.core.roles.part import Part
 from kvpack.core.types import Solution, Stats
 

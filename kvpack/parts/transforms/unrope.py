@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from kvpack import kernels
-from kvpack.core.roles import Transform
+from kvpack.core.roles import RowTransform
 from kvpack.core.rows import Turn
 from kvpack.core.types import Site, State
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Unrope(Transform):
+class Unrope(RowTransform):
     """Keys as they were before RoPE, where a channel keeps its meaning from token to token.
 
     RoPE mixes pairs of channels by an angle that depends on the position, which blurs channels
@@ -25,7 +25,6 @@ class Unrope(Transform):
 
     linear: ClassVar[bool] = False
     needs_rope: ClassVar[bool] = True
-    in_rows: ClassVar[bool] = True
 
     def forward(self, x: Tensor, state: State, at: Site) -> Tensor:
         """Rotate `x` [B, K, T, D] back to position 0."""
