@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kvpack.core.roles import RowTransform, Transform
 from kvpack.core.types import Shape, Site, State
-from kvpack.recipe.kv_plan import PlanePlan, drop_oldest
+from kvpack.recipe.kv_plan import drop_oldest
+from kvpack.recipe.plane_plan import PlanePlan
 from kvpack.runtime.overlay import Overlay
 from kvpack.runtime.tail import Tail
 from kvpack.runtime.tier import Tier
