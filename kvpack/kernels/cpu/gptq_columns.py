@@ -14,7 +14,6 @@ A column receives the errors of all columns before it at once; they stay in the 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -73,7 +72,7 @@ def _work(f: Any) -> Any:
             jit.widen(lost, FLOAT32, wide, at(f, 16) + here)
 
 
-@functools.cache
+@jit.built_once
 def entry() -> Any:
     """What the pool runs."""
     stamp = jit.stamp()
