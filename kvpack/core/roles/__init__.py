@@ -13,8 +13,8 @@ from kvpack.core.roles.packers import Packer
 from kvpack.core.roles.part import Part
 from kvpack.core.roles.sparsity import Thresholds
 from kvpack.core.roles.tokens import Plane, Retriever, Scorer, TierPolicy
-from kvpack.core.roles.transforms import DiagonalTransform, RowTransform, Transform
-from kvpack.core.roles.weights import Solver
+from kvpack.core.roles.transforms import DiagonalTransform, RowTransform, Transform, UnropedTransform
+from kvpack.core.roles.weights import Solver, row_grids
 
 __all__ = [
     "ROLES",
@@ -34,7 +34,9 @@ __all__ = [
     "Thresholds",
     "TierPolicy",
     "Transform",
+    "UnropedTransform",
     "VectorCodec",
+    "row_grids",
 ]
 
 ROLES: dict[str, type[Part]] = {

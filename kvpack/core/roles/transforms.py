@@ -95,13 +95,7 @@ class Transform(Part, ABC):
         Raises:
             RecipeError: the transform cannot map gradients.
         """
-        partner = self.dual(g, state, at)
-        if partner is None:
-            raise RecipeError(
-                f"transform {type(self).__name__} cannot map gradients",
-                why="a part after it wants the gradients in its basis",
-            )
-        return partner
+        return self._partner(g, state, at, "cannot map gradients", "the gradients")
 
     def query(self, q: Tensor, state: State, at: Site) -> Tensor:
         """Queries [B, K, T, D] in this basis, for scores that may be approximate: `dual` by default.
@@ -109,13 +103,16 @@ class Transform(Part, ABC):
         Raises:
             RecipeError: the transform has no query side.
         """
-        partner = self.dual(q, state, at)
-        if partner is None:
+        return self._partner(q, state, at, "has no query side", "to know the queries")
+
+    def _partner(self, x: Tensor, state: State, at: Site, lack: str, wanted: str) -> Tensor:
+        found = self.dual(x, state, at)
+        if found is None:
             raise RecipeError(
-                f"transform {type(self).__name__} has no query side",
-                why="a part after it wants to know the queries in its basis",
+                f"transform {type(self).__name__} {lack}",
+                why=f"a part after it wants {wanted} in its basis",
             )
-        return partner
+        return found
 
 
 class RowTransform(Transform):
@@ -130,6 +127,30 @@ class RowTransform(Transform):
             at: layer, positions and rotary embedding.
             channels: of one head of `forward`'s input.
         """
+
+
+class UnropedTransform(Transform):
+    """Keys as they were before RoPE; a subclass says what queries see."""
+
+    linear: ClassVar[bool] = False
+    needs_rope: ClassVar[bool] = True
+
+    kind: ClassVar[str]
+    """Its name in recipes, for messages."""
+
+    def forward(self, x: Tensor, state: State, at: Site) -> Tensor:
+        """Rotate keys [B, K, T, D] back to position 0."""
+        rope, positions = at.rotary(self.kind)
+        return rope.undo(x, positions)
+
+    def inverse(self, z: Tensor, state: State, at: Site) -> Tensor:
+        """Rotate `z` to its positions again."""
+        rope, positions = at.rotary(self.kind)
+        return rope.apply(z.float(), positions)
+
+    def gradient(self, g: Tensor, state: State, at: Site) -> Tensor:
+        """Gradients rotate as keys do, but for the length of the rotation, which is one."""
+        return self.forward(g, state, at)
 
 
 class DiagonalTransform(Transform):

@@ -14,6 +14,7 @@ A column receives the errors of all columns before it at once; they stay in the 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ def _work(f: Any) -> Any:
             jit.widen(lost, FLOAT32, wide, at(f, 16) + here)
 
 
-@jit.built_once
+@functools.cache
 def entry() -> Any:
     """What the pool runs."""
     stamp = jit.stamp()

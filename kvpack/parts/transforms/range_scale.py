@@ -10,9 +10,6 @@ from kvpack.core.errors import KvpackError
 from kvpack.core.roles import DiagonalTransform
 from kvpack.core.types import Stat, State, Stats
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class RangeScale(DiagonalTransform):
