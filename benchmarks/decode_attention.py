@@ -50,12 +50,16 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 PLAIN, PACKED, QUANTISED = "DynamicCache, sdpa", "DynamicCache, packed heads", "QuantizedCache fp8"
 
 
+Step = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""The output of attention [1, H, 1, D], from the query, key and value of a new token [1, H or K, 1, D]."""
+
+
 @dataclass
 class Contender:
     """A filled cache: one decode step, and the bytes that it holds."""
 
     name: str
-    step: Callable[[Tensor, Tensor, Tensor], Tensor]
+    step: Step
     nbytes: Callable[[], int]
 
 
@@ -116,47 +120,57 @@ def fill(model: Any, options: argparse.Namespace, tokens: int) -> list[Contender
             cache.begin(1, keys.shape[2])
             cache.update(keys, values, 0)
     module = model.model.layers[0].self_attn
-    scaling = options.head_dim**-0.5
-
-    def plain_step(cache: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            held = cache.update(key, value, 0)
-            return sdpa_attention_forward(module, query, *held, None, scaling=scaling)[0]
-
-        return step
-
-    def packed_heads_step(cache: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            held = cache.update(key, value, 0)
-            rows = query.reshape(1, options.kv_heads, -1, options.head_dim)
-            return functional.scaled_dot_product_attention(rows, *held, scale=scaling)
-
-        return step
-
-    def packed_step(cache: KVPackCache) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            cache.begin(1, 1)
-            layer = cache.layers[0]
-            layer.routed = layer.plan.reading.on_codes
-            held = cache.update(key, value, 0)
-            out = layer.attention(Call(query, None, scaling))
-            return (
-                sdpa_attention_forward(module, query, *held, None, scaling=scaling)[0] if out is None else out
-            )
-
-        return step
-
     return [
         *(
             Contender(
                 name,
-                packed_heads_step(cache) if name == PACKED else plain_step(cache),
+                packed_heads_step(cache) if name == PACKED else plain_step(cache, module),
                 lambda c=cache: tensor_nbytes(c)[1],
             )
             for name, cache in plain
         ),
-        *(Contender(name, packed_step(cache), lambda c=cache: c.allocated_nbytes) for name, cache in packed),
+        *(
+            Contender(name, packed_step(cache, module), lambda c=cache: c.allocated_nbytes)
+            for name, cache in packed
+        ),
     ]
+
+
+def plain_step(cache: Any, module: Any) -> Step:
+    """What transformers does with a cache of its own."""
+
+    def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        held = cache.update(key, value, 0)
+        return sdpa_attention_forward(module, query, *held, None, scaling=module.scaling)[0]
+
+    return step
+
+
+def packed_heads_step(cache: Any) -> Step:
+    """The query heads of a KV head as queries of one head."""
+
+    def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        held = cache.update(key, value, 0)
+        rows = query.reshape(1, key.shape[1], -1, key.shape[3])
+        return functional.scaled_dot_product_attention(rows, *held, scale=key.shape[3] ** -0.5)
+
+    return step
+
+
+def packed_step(cache: KVPackCache, module: Any) -> Step:
+    """Attention over codes where the recipe's plan allows it, else over decoded keys and values."""
+
+    def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        cache.begin(1, 1)
+        layer = cache.layers[0]
+        layer.routed = layer.plan.reading.on_codes
+        held = cache.update(key, value, 0)
+        out = layer.attention(Call(query, None, module.scaling))
+        if out is not None:
+            return out
+        return sdpa_attention_forward(module, query, *held, None, scaling=module.scaling)[0]
+
+    return step
 
 
 def measure(

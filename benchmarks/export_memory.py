@@ -11,25 +11,22 @@ The bound is 1 GiB plus three times the largest tensor, and 24 layers must not n
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import save_file
-from transformers import LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.tiny_models import make_tokenizer
+from benchmarks.synthetic_source import Shape, write_source
 
 GIB = 2**30
-HIDDEN, FFN, VOCABULARY = 2048, 5632, 32000
+SHAPE = Shape(layers=1, hidden=2048, ffn=5632, heads=32, kv_heads=8, vocabulary=32000, samples=0, tokens=2048)
 
 
 @dataclass(frozen=True)
@@ -41,61 +38,6 @@ class Run:
     artifact_bytes: int
     peak_bytes: int
     seconds: float
-
-
-def write_source(folder: Path, layers: int) -> int:
-    """Write a sharded checkpoint, one shard per layer; returns its bytes."""
-    config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=FFN,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        vocab_size=VOCABULARY,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
-    )
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator, dtype=torch.float32) * 0.02).bfloat16()
-
-    # Every layer gets the same numbers: memory does not depend on them, and writing is quick.
-    layer = {
-        "self_attn.q_proj.weight": random(HIDDEN, HIDDEN),
-        "self_attn.k_proj.weight": random(512, HIDDEN),
-        "self_attn.v_proj.weight": random(512, HIDDEN),
-        "self_attn.o_proj.weight": random(HIDDEN, HIDDEN),
-        "mlp.gate_proj.weight": random(FFN, HIDDEN),
-        "mlp.up_proj.weight": random(FFN, HIDDEN),
-        "mlp.down_proj.weight": random(HIDDEN, FFN),
-        "input_layernorm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),
-        "post_attention_layernorm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),
-    }
-    weight_map: dict[str, str] = {}
-    total = 0
-    for i in range(layers):
-        shard = {f"model.layers.{i}.{name}": tensor for name, tensor in layer.items()}
-        total += _save(folder, f"model-{i:05d}.safetensors", shard, weight_map)
-    outside = {
-        "model.embed_tokens.weight": random(VOCABULARY, HIDDEN),
-        "lm_head.weight": random(VOCABULARY, HIDDEN),
-        "model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),
-    }
-    total += _save(folder, "model-outside.safetensors", outside, weight_map)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return total
-
-
-def _save(folder: Path, name: str, shard: dict[str, torch.Tensor], weight_map: dict[str, str]) -> int:
-    save_file(shard, folder / name, metadata={"format": "pt"})
-    weight_map.update(dict.fromkeys(shard, name))
-    return sum(t.numel() * t.element_size() for t in shard.values())
 
 
 def export(source: Path, out: Path, recipe: list[str], layers: int, source_bytes: int) -> Run:
@@ -120,7 +62,7 @@ def export(source: Path, out: Path, recipe: list[str], layers: int, source_bytes
 
 def report(runs: list[Run], recipe: list[str]) -> str:
     """A Markdown table with the bound beside each measurement."""
-    largest = VOCABULARY * HIDDEN * 2
+    largest = SHAPE.vocabulary * SHAPE.hidden * 2
     bound = GIB + 3 * largest
     lines = [
         f"# Peak memory of `kvpack export MODEL {' '.join(recipe)}`",
@@ -157,7 +99,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             source = Path(scratch, "source")
             source.mkdir()
-            size = write_source(source, layers)
+            size = write_source(source, replace(SHAPE, layers=layers))
             runs.append(export(source, Path(scratch, "out"), recipe, layers, size))
             print(runs[-1], file=sys.stderr)
     text = report(runs, recipe)

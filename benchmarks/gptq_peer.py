@@ -76,7 +76,7 @@ def prepare(job: Job) -> Job:
     import torch
     from transformers import AutoTokenizer
 
-    from benchmarks.export_speed import Shape, write_source
+    from benchmarks.synthetic_source import Shape, write_source
     from kvpack import pipeline
 
     torch.set_num_threads(job["threads"])

@@ -20,12 +20,11 @@ import gc
 import json
 import logging
 import platform
-import re
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,14 @@ import torch
 import transformers
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import kvpack
+from benchmarks.quality_entries import SECTIONS, TITLES, Entry
+from benchmarks.quality_tables import BUILTIN, Row, Subject, markdown, write_blocks, write_json
 from kvpack.artifact.reader import read_manifest
 from kvpack.calibrate.data import load_text
 from kvpack.core.data_files import data_dir
 from kvpack.evaluate.protocols import Measured, Protocol, chunks, longest_step, measure
-from kvpack.evaluate.scores import Scores
 from kvpack.loading.load import load, load_source, load_tokenizer
 from kvpack.pipeline import export, make_plan
 from kvpack.runtime.install import new_cache
@@ -48,144 +49,6 @@ DECODE_CONTEXT = 384
 """Tokens per chunk of protocol B, short so that most recipes can go token by token."""
 ERROR_PIECES = 4
 """Chunks whose keys are compared one by one."""
-BUILTIN = "builtin:stdlib"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One artifact to make: a recipe with overrides, and what to call it in the table."""
-
-    recipe: str
-    overrides: tuple[str, ...] = ()
-    note: str = ""
-
-    def at(self, group: int) -> Entry:
-        """With ``{group}`` filled in."""
-        overrides = tuple(o.replace("{group}", str(group)) for o in self.overrides)
-        return Entry(self.recipe, overrides, self.note.replace("{group}", str(group)))
-
-    @property
-    def label(self) -> str:
-        """The recipe, with the note that explains its overrides."""
-        return f"{self.recipe}, {self.note}" if self.note else self.recipe
-
-
-def _old(**values: object) -> tuple[str, ...]:
-    """Overrides of the codec of encoded tokens; ``__`` in a name is a dot."""
-    return tuple(f"kv_cache.tiers.old.{name.replace('__', '.')}={value}" for name, value in values.items())
-
-
-THREE_BITS = ("weights.0.codec.bits=3",)
-SECTIONS: dict[str, tuple[Entry, ...]] = {
-    "weights": (
-        Entry("w8"),
-        Entry("w4"),
-        Entry("w4@rtn"),
-        Entry("w4", THREE_BITS, "3 bits"),
-        Entry("w4@rtn", THREE_BITS, "3 bits"),
-    ),
-    "cache": (
-        Entry("kivi@4bit"),
-        Entry("kivi@4bit-per-token"),
-        Entry("kivi"),
-        Entry("kivi@2bit-per-token"),
-        Entry("rotatekv@4bit"),
-        Entry("rotatekv@3bit"),
-        Entry("rotatekv"),
-        Entry("rotatekv-w4@4bit"),
-    ),
-    "ablation": (
-        Entry("rotatekv@2bit-rtn"),
-        Entry("rotatekv@2bit-hadamard"),
-        Entry("rotatekv@2bit-prerope"),
-        Entry("rotatekv@2bit-reorder"),
-        Entry("rotatekv"),
-    ),
-    # The same steps with groups of one size, so that no step has more scales than another.
-    "groups": tuple(
-        Entry(recipe, _old(codec__group__size="{group}"), "groups of {group}")
-        for recipe in (
-            *(f"rotatekv@2bit-{step}" for step in ("rtn", "hadamard", "prerope", "reorder")),
-            "rotatekv",
-        )
-    ),
-    "causes": (
-        Entry("kivi"),
-        Entry("kivi@2bit-per-token"),
-        Entry("kivi", _old(key__group__size=8), "groups of 8 tokens"),
-        Entry("kivi", _old(value="{kind: identity}"), "values exact"),
-        Entry("kivi@2bit-per-token", _old(value="{kind: identity}"), "values exact"),
-        *(
-            Entry(f"rotatekv@2bit-{step}", _old(value="{kind: identity}"), "values exact")
-            for step in ("rtn", "hadamard", "prerope")
-        ),
-        *(
-            Entry(f"rotatekv@2bit-{step}", _old(codec__clip=1.0), "clip 1.0")
-            for step in ("rtn", "hadamard", "prerope")
-        ),
-        Entry("rotatekv", _old(codec__clip=1.0), "clip 1.0"),
-        Entry("rotatekv", _old(codec__scale_dtype="float16"), "fp16 scales"),
-    ),
-}
-TITLES = {
-    "weights": "Weights",
-    "cache": "KV cache, whole chunk quantised (protocol A)",
-    "decode": "KV cache, decoding through the real cache (protocol B)",
-    "ablation": "RotateKV in steps, 2 bits (protocol A)",
-    "groups": "RotateKV in steps, 2 bits, equal groups (protocol A)",
-    "causes": "Separating causes (protocol A)",
-}
-
-
-_SCORES = ("perplexity", "KL", "top-1")
-_CACHE = ("KV bits", "KV bytes/token")
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "weights": (*_SCORES, "weight bits"),
-    "cache": (*_SCORES, *_CACHE, "weight bits"),
-    "decode": (*_SCORES, *_CACHE, "weight bits"),
-    "ablation": (*_SCORES, "key error", *_CACHE),
-    "groups": (*_SCORES, "key error", *_CACHE),
-    "causes": (*_SCORES, "key error", *_CACHE),
-}
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model with its texts, ready to measure."""
-
-    name: str
-    path: Path
-    text: str
-    calibration: str
-    calibration_name: str
-    source: Any
-    pieces: list[Tensor]
-    decode_pieces: list[Tensor]
-
-    @property
-    def samples(self) -> int:
-        """Calibration samples; half a small text file does not hold more."""
-        return 128 if self.calibration == BUILTIN else 96
-
-    @property
-    def group(self) -> int:
-        """A group size that a single head can fill."""
-        config = self.source.config
-        return min(32, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a table: scores, and what was stored. None is what a row does not have."""
-
-    label: str
-    overrides: tuple[str, ...]
-    scores: Scores
-    weight_bits: float
-    kv_bits: float | None = None
-    kv_bytes_per_token: float | None = None
-    step_tokens: int | None = None
-    key_error: float | None = None
 
 
 def prepare(argument: str, scratch: Path, tokens: int, decode_tokens: int) -> Subject:
@@ -329,64 +192,6 @@ def tables(subject: Subject, sections: Sequence[str], scratch: Path) -> dict[str
             shown = done[entry].scores
             print(f"{subject.name}: {entry.label}: {shown} {seconds:.0f} s", file=sys.stderr, flush=True)
     return rows if "cache" in sections else {k: v for k, v in rows.items() if k != "decode"}
-
-
-def markdown(subject: Subject, section: str, rows: Sequence[Row]) -> str:
-    """One table, with a line that says what was measured."""
-    pieces = subject.decode_pieces if section == "decode" else subject.pieces
-    tokens = sum(len(piece) - 1 for piece in pieces)
-    lines = [
-        f"### {subject.name}: {TITLES[section]}",
-        "",
-        f"{tokens:,} tokens of {subject.text} in {len(pieces)} chunks of at most {max(map(len, pieces))}; "
-        f"calibrated on {subject.calibration_name}; {str(subject.source.dtype).removeprefix('torch.')}.",
-        "",
-    ]
-    columns = COLUMNS[section]
-    lines += ["| recipe | " + " | ".join(columns) + " |", "|---|" + "--:|" * len(columns)]
-    lines += [f"| {row.label} | " + " | ".join(_cell(row, c) for c in columns) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def _cell(row: Row, column: str) -> str:
-    if column == "perplexity":
-        return f"{row.scores.perplexity:.3f}"
-    if column == "KL":
-        return f"{row.scores.kl:.4f}"
-    if column == "top-1":
-        return f"{row.scores.top1:.1%}"
-    value = {
-        "key error": row.key_error,
-        "KV bits": row.kv_bits,
-        "KV bytes/token": row.kv_bytes_per_token,
-        "weight bits": row.weight_bits,
-    }[column]
-    if value is None:
-        return ""
-    return (
-        f"{value:.1%}" if column == "key error" else f"{value:.0f}" if "bytes" in column else f"{value:.2f}"
-    )
-
-
-def write_blocks(file: Path, blocks: dict[str, str]) -> None:
-    """Put each block between its markers in `file`; new ones are added at the end."""
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    for name, block in blocks.items():
-        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        marked = f"{begin}\n{block}\n{end}"
-        if begin in text:
-            pattern = re.escape(begin) + ".*?" + re.escape(end)
-            text = re.sub(pattern, lambda _, new=marked: new, text, flags=re.DOTALL)
-        else:
-            text += ("\n" if text else "") + marked + "\n"
-    file.write_text(text, encoding="utf-8")
-
-
-def write_json(file: Path, made_with: dict[str, str], models: dict[str, Any]) -> None:
-    """Write all rows; models and tables that this run did not measure stay as they are."""
-    known = json.loads(file.read_text(encoding="utf-8"))["models"] if file.exists() else {}
-    merged = known | {name: known.get(name, {}) | found for name, found in models.items()}
-    file.write_text(json.dumps({"versions": made_with, "models": merged}, indent=1) + "\n", encoding="utf-8")
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,8 @@ from kvpack.core.roles import Plane
 from kvpack.core.types import Shape, TensorSpec
 from kvpack.core.weight_code import stored_spec
 from kvpack.recipe.inputs_plan import InputsPlan
-from kvpack.recipe.kv_plan import KVLayerPlan, PlanePlan
+from kvpack.recipe.kv_plan import KVLayerPlan
+from kvpack.recipe.plane_plan import PlanePlan
 
 PLANES: tuple[Plane, ...] = ("key", "value")
 

@@ -16,7 +16,7 @@ from kvpack.core.types import Site, State, Stream
 from kvpack.folding import Folding
 from kvpack.models.view import ModelView
 from kvpack.recipe.basis import BasisPlan, site_shape
-from kvpack.recipe.kv_plan import PlanePlan
+from kvpack.recipe.plane_plan import PlanePlan
 
 if TYPE_CHECKING:
     from torch import Tensor

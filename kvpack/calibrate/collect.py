@@ -12,7 +12,7 @@ import torch
 from kvpack.calibrate.stats import Accumulator, accumulator
 from kvpack.core.roles import Part
 from kvpack.core.types import Site, Stat, State, Stream
-from kvpack.recipe.kv_plan import PlanePlan
+from kvpack.recipe.plane_plan import PlanePlan
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

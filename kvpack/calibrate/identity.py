@@ -10,8 +10,8 @@ from typing import Any
 
 from kvpack.core.roles import Codec
 from kvpack.recipe.build import to_mapping
-from kvpack.recipe.kv_plan import PlanePlan
 from kvpack.recipe.plan import Plan
+from kvpack.recipe.plane_plan import PlanePlan
 
 Identity = dict[str, Any]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +31,7 @@ from kvpack.cli.options import AllowDownload, OptionalRecipe, Overrides, TrustRe
 from kvpack.cli.report_file import ForceReport, Report, check_report, draws_page
 from kvpack.cli.run import Result, Session
 from kvpack.core.access import Access
-from kvpack.core.errors import Interrupted, UsageError
+from kvpack.core.errors import Interrupted
 from kvpack.core.new_file import write_text
 
 if TYPE_CHECKING:
@@ -69,15 +71,31 @@ def bench(
     from kvpack.bench.settings import Settings, contexts_of
 
     of_synthetic = {"--recipe": recipe, "--set": overrides, "--layers": layers, "--keep": keep}
-    check_choice(path, synthetic, of_synthetic)
+    check_choice(path, source, synthetic, of_synthetic)
     check_report(report, force)
     contexts = contexts_of(context or [])
     chosen = Settings(contexts, prompt_tokens or 0, new_tokens, repeat, steps, threads, dtype, fill, seed)
     access = Access(allow_download, trust_remote_code)
+    with _pair(session, path, source, synthetic, layers, recipe, overrides, keep, seed) as (artifact, model):
+        return _measured(session, artifact, model, against, chosen, access, report)
+
+
+@contextmanager
+def _pair(
+    session: Session,
+    path: Path | None,
+    source: str | None,
+    synthetic: str | None,
+    layers: int | None,
+    recipe: str | None,
+    overrides: list[str] | None,
+    keep: Path | None,
+    seed: int,
+) -> Iterator[tuple[Path, str | None]]:
+    """An artifact and its source, if it has one; those of a shape are made here."""
     if path is not None:
-        return _of_artifact(session, path, source, against, chosen, access, report)
-    if source is not None:
-        raise UsageError("--source and --synthetic were given", hint="the shape is its own source")
+        yield path, source
+        return
     from kvpack.bench.prepare import synthetic_pair
     from kvpack.bench.shapes import shape_of
 
@@ -86,10 +104,10 @@ def bench(
         shape, recipe or "", overrides or (), keep=keep, seed=seed, progress=session.progress
     )
     with pair as (made, artifact):
-        return _of_artifact(session, artifact, str(made), against, chosen, access, report)
+        yield artifact, str(made)
 
 
-def _of_artifact(
+def _measured(
     session: Session,
     path: Path,
     source: str | None,

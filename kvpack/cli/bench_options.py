@@ -85,11 +85,14 @@ Fill = Annotated[
 Seed = Annotated[int, typer.Option("--seed", help="Of random weights, tokens, keys and values.")]
 
 
-def check_choice(path: Path | None, synthetic: str | None, of_synthetic: dict[str, Any]) -> None:
+def check_choice(
+    path: Path | None, source: str | None, synthetic: str | None, of_synthetic: dict[str, Any]
+) -> None:
     """Refuse options that contradict each other.
 
     Args:
         path: the artifact.
+        source: its source.
         synthetic: the shape.
         of_synthetic: by option's name what makes sense with a shape only.
 
@@ -103,5 +106,7 @@ def check_choice(path: Path | None, synthetic: str | None, of_synthetic: dict[st
     given = [name for name, value in of_synthetic.items() if value]
     if synthetic is None and given:
         raise UsageError(f"{given[0]} belongs to --synthetic", why="the artifact is finished")
+    if synthetic is not None and source is not None:
+        raise UsageError("--source and --synthetic were given", hint="the shape is its own source")
     if synthetic is not None and not of_synthetic["--recipe"]:
         raise UsageError("--synthetic needs --recipe", hint="for example --recipe rtn")

@@ -7,7 +7,8 @@ from kvpack.core.roles import Part, Plane
 from kvpack.core.types import Group
 from kvpack.recipe.build import settings
 from kvpack.recipe.inputs_plan import InputsPlan
-from kvpack.recipe.kv_plan import KVLayerPlan, PlanePlan
+from kvpack.recipe.kv_plan import KVLayerPlan
+from kvpack.recipe.plane_plan import PlanePlan
 
 
 def describe(part: Part) -> str:

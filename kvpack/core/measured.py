@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _NOUNS = {"gram": "the Gram matrix"}
+
+
+def gram_matrix(stats: Stats, channels: int, part: str) -> Tensor:
+    """The Gram matrix of a layer's inputs [C, C]; errors as of `measured`."""
+    return measured(stats, "gram", "gram", (channels, channels), part)
+
+
+def warn_not_definite(part: str, instead: str) -> None:
+    """Say that no damping made the Gram matrix positive definite, and what `part` does instead."""
+    warnings.warn(
+        f"{part}: the Gram matrix is not positive definite even with full damping; {instead}. "
+        "More calibration text may help.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def measured(stats: Stats, name: str, tensor: str, shape: Sequence[int], part: str) -> Tensor:

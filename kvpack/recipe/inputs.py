@@ -13,7 +13,8 @@ from kvpack.core.roles import Codec, Plane
 from kvpack.core.types import TensorSpec
 from kvpack.recipe.compat import UNSTABLE_ROPE
 from kvpack.recipe.inputs_plan import InputsPlan
-from kvpack.recipe.kv_plan import PLANES, KVLayerPlan, PlanePlan
+from kvpack.recipe.kv_plan import PLANES, KVLayerPlan
+from kvpack.recipe.plane_plan import PlanePlan
 from kvpack.recipe.recipe import DifferenceRecipe, InputsRecipe, KVCacheRecipe, Tier
 
 

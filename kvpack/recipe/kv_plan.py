@@ -3,119 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from kvpack.core.model_spec import AttentionSpec
-from kvpack.core.roles import Codec, Part, Plane, Retriever, TierPolicy, Transform
+from kvpack.core.roles import Plane, Retriever, TierPolicy
 from kvpack.core.types import Shape, TensorSpec
 from kvpack.recipe.inputs_plan import InputsPlan, basis_name
+from kvpack.recipe.plane_plan import PlanePlan
 
 PLANES: tuple[Plane, ...] = ("key", "value")
 """The two sides of a cache, in the order in which they are handled everywhere."""
 
 CHAINS: tuple[str, ...] = (*PLANES, "index")
 """Everything that may transform and encode in a layer; an index is there where tokens are retrieved."""
-
-
-@dataclass(frozen=True)
-class PlanePlan:
-    """Keys or values of one layer: transforms, whether they are folded, and a codec per coded tier.
-
-    `states` are the tensors that each transform, and then each codec, learns from calibration.
-    """
-
-    transforms: tuple[Transform, ...]
-    folded: bool
-    codecs: tuple[Codec, ...]
-    states: tuple[Mapping[str, TensorSpec], ...]
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """Transforms and codecs: tokens pass the transforms in order and then one of the codecs."""
-        return (*self.transforms, *self.codecs)
-
-    @property
-    def block(self) -> int:
-        """Tokens that leave the exact tail, and change tiers, together."""
-        return math.lcm(*(codec.token_block for codec in self.codecs))
-
-    @property
-    def online(self) -> tuple[Transform, ...]:
-        """Transforms that run at inference time."""
-        return () if self.folded else self.transforms
-
-    def online_states(self) -> dict[int, Mapping[str, TensorSpec]]:
-        """States that are needed at inference time, by the part's place in the chain."""
-        first = len(self.transforms) if self.folded else 0
-        return {i: self.states[i] for i in range(first, len(self.parts))}
-
-    def stored_states(self) -> dict[int, Mapping[str, TensorSpec]]:
-        """States that artifacts hold: those needed online, and what folded transforms have learned.
-
-        The latter let an artifact be proven against its source without the calibration.
-        """
-        learned = (i for i, t in enumerate(self.transforms) if self.folded and t.requires())
-        return {i: self.states[i] for i in learned} | self.online_states()
-
-    def obstacle(self, plane: Plane, shape: Shape) -> str:
-        """Why a plane of `shape` [B, K, T, D] must be decoded to be read; empty where it need not."""
-        for transform in self.online:
-            kind = type(transform).__name__
-            if tuple(transform.shape(shape)) != tuple(shape):
-                return f"{kind} mixes heads"
-            if plane == "value" and not transform.linear:
-                return f"{kind} depends on the token"
-            if plane == "key" and type(transform).dual is Transform.dual:
-                return f"{kind} has no partner for queries"
-        slow = next((codec for codec in self.codecs if not codec.reads_codes), None)
-        return "" if slow is None else f"{type(slow).__name__} codes are decoded"
-
-    @property
-    def in_rows(self) -> bool:
-        """Whether what is stored can be brought back to the model's basis token by token, see `Reading`."""
-        return all(t.in_rows for t in self.online) and all(codec.in_rows for codec in self.codecs)
-
-    def coded_shape(self, shape: Shape) -> Shape:
-        """Shape [B, K', T, D'] that the codecs see for a plane of `shape` [B, K, T, D]."""
-        for transform in self.online:
-            shape = transform.shape(shape)
-        return shape
-
-    def fitted_nbytes(self, shape: Shape) -> int:
-        """Bytes of the states that online transforms make from a cache's first tokens."""
-        total = 0
-        for transform in self.online:
-            total += sum(spec.nbytes for spec in transform.prompt_spec(shape).values())
-            shape = transform.shape(shape)
-        return total
-
-    def coded_nbytes(self, shape: Shape, tokens: Sequence[int], dtype: str) -> int:
-        """Stored bytes of `tokens` tokens per tier, encoded in one piece.
-
-        Args:
-            shape: of the plane, [B, K, any, D].
-            tokens: per coded tier.
-            dtype: of the plane, a torch dtype name.
-        """
-        total = 0
-        for codec, count in zip(self.codecs, tokens, strict=True):
-            for length in segments(codec, count):
-                # A last token block that the tokens do not fill is filled up.
-                whole = -(-length // codec.token_block) * codec.token_block
-                coded = self.coded_shape((*shape[:2], whole, shape[3]))
-                total += sum(spec.nbytes for spec in codec.spec(coded, dtype).values())
-        return total
-
-
-def segments(codec: Codec, tokens: int) -> Iterator[int]:
-    """Lengths of the segments in which a codec encodes `tokens` tokens; one where it needs none."""
-    most = codec.segment // codec.token_block * codec.token_block or tokens
-    while tokens:
-        length = min(most, tokens)
-        yield length
-        tokens -= length
 
 
 Way = Literal["codes", "rows", "blocks", "dense"]

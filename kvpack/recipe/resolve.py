@@ -14,8 +14,9 @@ from kvpack.core.types import Shape, TensorSpec
 from kvpack.core.weight_code import stored_spec
 from kvpack.recipe import budget, compat, fitting, inputs, patterns, ranking, retrieval
 from kvpack.recipe.basis import BasisPlan, plan_basis, untie
-from kvpack.recipe.kv_plan import KVLayerPlan, PlanePlan
+from kvpack.recipe.kv_plan import KVLayerPlan
 from kvpack.recipe.plan import DroppedTensor, Plan, WeightPlan
+from kvpack.recipe.plane_plan import PlanePlan
 from kvpack.recipe.recipe import KVCacheRecipe, LoadedRecipe, PlaneRecipe, Tier, WeightRule
 from kvpack.recipe.sparsity import SparsityPlan, plan_sparsity
 

@@ -9,7 +9,8 @@ from kvpack.core.model_spec import AttentionSpec
 from kvpack.core.registry import kind_of
 from kvpack.core.roles import Transform
 from kvpack.core.types import Shape, TensorSpec
-from kvpack.recipe.kv_plan import PlanePlan, RetrievalPlan
+from kvpack.recipe.kv_plan import RetrievalPlan
+from kvpack.recipe.plane_plan import PlanePlan
 from kvpack.recipe.recipe import IndexRecipe, KVCacheRecipe
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpack.core.types import Payload, Site, State
-from kvpack.recipe.kv_plan import PlanePlan
+from kvpack.recipe.plane_plan import PlanePlan
 from kvpack.runtime.ranked import RankedPlane
 from kvpack.runtime.ranking import Ranking
 from kvpack.runtime.tier import Tier

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpack.core.types import Payload, Site, State
-from kvpack.recipe.kv_plan import PlanePlan
+from kvpack.recipe.plane_plan import PlanePlan
 from kvpack.runtime.overlay import Overlay
 from kvpack.runtime.plane import PlaneCache
 from kvpack.runtime.tokens import TokenTrack

@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvpack.core.roles import Transform
+from kvpack.core.roles import RowTransform, Transform
 from kvpack.core.types import Shape, Site, State
-from kvpack.recipe.kv_plan import PlanePlan, drop_oldest
+from kvpack.recipe.kv_plan import drop_oldest
+from kvpack.recipe.plane_plan import PlanePlan
 from kvpack.runtime.overlay import Overlay
 from kvpack.runtime.tail import Tail
 from kvpack.runtime.tier import Tier
@@ -72,7 +73,13 @@ class PlaneCache:
     @property
     def in_rows(self) -> bool:
         """Whether compiled loops can bring the codes back to the model's basis token by token."""
-        return all(t.in_rows for t, _, _ in self.transforms) and all(tier.in_rows for tier in self.tiers)
+        backwards = len(self.row_transforms) == len(self.transforms)
+        return backwards and all(tier.in_rows for tier in self.tiers)
+
+    @property
+    def row_transforms(self) -> list[tuple[RowTransform, State, Site]]:
+        """The transforms that work token by token, with their states: all of them where `in_rows`."""
+        return [(t, state, site) for t, state, site in self.transforms if isinstance(t, RowTransform)]
 
     def fit_prompt(self, queries: Tensor, tokens: TokenTrack) -> None:
         """Make the states of transforms that want it from the tail and its queries [B, H, T, D]."""

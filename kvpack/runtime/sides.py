@@ -89,7 +89,7 @@ class _Side:
     def _steps(self, start: int, stop: int) -> Iterator[Step]:
         """How rows come back to the model's basis; what depends on positions is shared by all layers."""
         shape, found = tuple(self.plane.tail.shape), []
-        for transform, state, site in self.plane.transforms:
+        for transform, state, site in self.plane.row_transforms:
             if transform.needs_rope:
                 known, key = self.track.turns, (transform, site.rope, shape[3], start, stop)
                 if key not in known:

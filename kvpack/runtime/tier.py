@@ -12,7 +12,7 @@ from torch import Tensor
 from kvpack.core.roles import Codec
 from kvpack.core.rows import TokenRows
 from kvpack.core.types import Payload, Shape, State
-from kvpack.recipe.kv_plan import segments
+from kvpack.recipe.plane_plan import segments
 from kvpack.runtime.segments import SegmentStore
 from kvpack.runtime.store import BlockStore, Piece
 

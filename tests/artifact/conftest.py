@@ -26,8 +26,9 @@ from kvpack.parts.codecs.affine import Affine
 from kvpack.parts.policies.sink_recent import SinkRecent
 from kvpack.parts.solvers.rtn import Rtn
 from kvpack.parts.transforms.channel_reorder import ChannelReorder
-from kvpack.recipe.kv_plan import KVLayerPlan, PlanePlan
+from kvpack.recipe.kv_plan import KVLayerPlan
 from kvpack.recipe.plan import DroppedTensor
+from kvpack.recipe.plane_plan import PlanePlan
 
 LINEARS = {"blocks.0.up": (6, 20), "blocks.0.down": (4, 9)}
 CODEC = Affine(bits=3, group=Group("channel", 8), zero="integer")

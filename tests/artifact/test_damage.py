@@ -16,8 +16,9 @@ from kvpack.artifact import manifest as m
 from kvpack.artifact.reader import Artifact, read_manifest
 from kvpack.core.errors import ArtifactError
 from kvpack.core.model_spec import AttentionSpec, Projection
-from kvpack.recipe.kv_plan import KVLayerPlan, PlanePlan
+from kvpack.recipe.kv_plan import KVLayerPlan
 from kvpack.recipe.plan import DroppedTensor
+from kvpack.recipe.plane_plan import PlanePlan
 from tests.artifact.conftest import snapshot
 
 Edit = Callable[[dict[str, Any]], None]

@@ -16,7 +16,8 @@ from kvpack.parts.codecs.affine import Affine
 from kvpack.parts.codecs.identity import Identity
 from kvpack.parts.policies.sink_recent import SinkRecent
 from kvpack.recipe.inputs_plan import InputsPlan, basis_name
-from kvpack.recipe.kv_plan import KVLayerPlan, PlanePlan
+from kvpack.recipe.kv_plan import KVLayerPlan
+from kvpack.recipe.plane_plan import PlanePlan
 from kvpack.runtime.install import install
 from tests.runtime.schemes import attention_of, fake_quantise
 

@@ -16,7 +16,8 @@ from kvpack.parts.codecs.channel_separable import ChannelSeparable
 from kvpack.parts.policies.top_fraction import TopFraction
 from kvpack.parts.scorers.accumulated_attention import AccumulatedAttention
 from kvpack.parts.scorers.normalized_attention import NormalizedAttention
-from kvpack.recipe.kv_plan import KVLayerPlan, PlanePlan
+from kvpack.recipe.kv_plan import KVLayerPlan
+from kvpack.recipe.plane_plan import PlanePlan
 from kvpack.runtime.cache import KVPackCache
 from kvpack.runtime.install import install, new_cache
 from tests.runtime.rows import change_rows

@@ -21,7 +21,8 @@ from kvpack.parts.policies.sink_recent import SinkRecent
 from kvpack.parts.transforms.channel_reorder import ChannelReorder
 from kvpack.parts.transforms.hadamard import Hadamard
 from kvpack.parts.transforms.unrope import Unrope
-from kvpack.recipe.kv_plan import KVLayerPlan, PlanePlan, state_name
+from kvpack.recipe.kv_plan import KVLayerPlan, state_name
+from kvpack.recipe.plane_plan import PlanePlan
 from kvpack.runtime.install import install
 
 WINDOW = 16

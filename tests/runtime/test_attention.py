@@ -20,7 +20,8 @@ from kvpack.parts.transforms.channel_reorder import ChannelReorder
 from kvpack.parts.transforms.hadamard import Hadamard
 from kvpack.parts.transforms.merge_heads import MergeHeads
 from kvpack.parts.transforms.unrope import Unrope
-from kvpack.recipe.kv_plan import KVLayerPlan, PlanePlan
+from kvpack.recipe.kv_plan import KVLayerPlan
+from kvpack.recipe.plane_plan import PlanePlan
 from kvpack.runtime.attention import Call
 from kvpack.runtime.cache import KVPackCache, KVScheme
 from tests.runtime.rows import ROW_CHANGES, change_rows

@@ -18,7 +18,8 @@ from kvpack.parts.codecs.vector import Vector
 from kvpack.parts.policies.sink_recent import SinkRecent
 from kvpack.parts.retrievers.top_tokens import TopTokens
 from kvpack.parts.transforms.rope_window import RopeWindow
-from kvpack.recipe.kv_plan import KVLayerPlan, PlanePlan, RetrievalPlan, state_name
+from kvpack.recipe.kv_plan import KVLayerPlan, RetrievalPlan, state_name
+from kvpack.recipe.plane_plan import PlanePlan
 from kvpack.report import kv_bytes
 from kvpack.runtime.cache import KVPackCache
 from kvpack.runtime.install import install, new_cache

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvpack.core.types import Group, Site
 from kvpack.parts.codecs.affine import Affine
 from kvpack.parts.policies.age_staircase import AgeStaircase
-from kvpack.recipe.kv_plan import PlanePlan
+from kvpack.recipe.plane_plan import PlanePlan
 from kvpack.runtime.overlay import Overlay
 from kvpack.runtime.plane import PlaneCache
 from kvpack.runtime.segments import SegmentStore

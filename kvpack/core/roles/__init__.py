@@ -8,20 +8,13 @@ number generator or another part's file.
 from __future__ import annotations
 
 from kvpack.core.roles.allocators import Allocator
-from kvpack.core.roles.compression import (
-    ClassedCodec,
-    Codec,
-    DiagonalTransform,
-    GridCodec,
-    MaskedCodec,
-    Transform,
-)
+from kvpack.core.roles.codecs import ClassedCodec, Codec, GridCodec, MaskedCodec, VectorCodec
 from kvpack.core.roles.packers import Packer
 from kvpack.core.roles.part import Part
 from kvpack.core.roles.sparsity import Thresholds
 from kvpack.core.roles.tokens import Plane, Retriever, Scorer, TierPolicy
-from kvpack.core.roles.vectors import VectorCodec
-from kvpack.core.roles.weights import Solver
+from kvpack.core.roles.transforms import DiagonalTransform, RowTransform, Transform, UnropedTransform
+from kvpack.core.roles.weights import Solver, row_grids
 
 __all__ = [
     "ROLES",
@@ -35,12 +28,15 @@ __all__ = [
     "Part",
     "Plane",
     "Retriever",
+    "RowTransform",
     "Scorer",
     "Solver",
     "Thresholds",
     "TierPolicy",
     "Transform",
+    "UnropedTransform",
     "VectorCodec",
+    "row_grids",
 ]
 
 ROLES: dict[str, type[Part]] = {

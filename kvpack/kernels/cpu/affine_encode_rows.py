@@ -19,9 +19,7 @@ import numpy as np
 from numba import cfunc
 
 from kvpack.kernels.cpu import decoders, encode_vectors, grid_vectors, jit
-from kvpack.kernels.cpu.affine_rows import CENTRED, CENTRED_INTEGER, OFFSET, TOKEN
-from kvpack.kernels.cpu.affine_rows import _code as code
-from kvpack.kernels.cpu.affine_rows import _number as number
+from kvpack.kernels.cpu.affine_rows import CENTRED, CENTRED_INTEGER, OFFSET, TOKEN, code_at, number_of
 from kvpack.kernels.cpu.codes import LANES
 from kvpack.kernels.cpu.jit import ENTRY, at, device
 
@@ -230,7 +228,7 @@ def _decode(f: Any, source: Any, step: Any, offset: Any, out: Any) -> Any:
         for j in range(whole, end):
             entry = 4 * j if token else g
             s, o = jit.read_float(step + entry), jit.read_float(offset + entry)
-            jit.write_float(out + 4 * j, number(code(source, j, channels, bits), s, o, zeros))
+            jit.write_float(out + 4 * j, number_of(code_at(source, j, channels, bits), s, o, zeros))
         begin, g = end, g + 4
 
 

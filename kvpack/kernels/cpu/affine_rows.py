@@ -40,7 +40,7 @@ def scratch_bytes(channels: int) -> int:
 
 
 @device
-def _code(row: Any, j: Any, channels: Any, bits: Any) -> Any:
+def code_at(row: Any, j: Any, channels: Any, bits: Any) -> Any:
     """One code of a row."""
     first = j * bits // 8
     word = jit.read_byte(row + first)
@@ -50,7 +50,8 @@ def _code(row: Any, j: Any, channels: Any, bits: Any) -> Any:
 
 
 @device
-def _number(code: Any, step: Any, offset: Any, zeros: Any) -> Any:
+def number_of(code: Any, step: Any, offset: Any, zeros: Any) -> Any:
+    """What a code stands for."""
     return code * step + offset if zeros == OFFSET else (code - offset) * step
 
 
@@ -71,7 +72,7 @@ def _read_grid(f: Any, b: Any, k: Any, entry: Any, count: Any, step: Any, offset
 
 
 @device
-def _by_token_group(f: Any, b: Any, k: Any, start: Any, count: Any, rows: Any, step: Any, offset: Any) -> Any:
+def by_token_group(f: Any, b: Any, k: Any, start: Any, count: Any, rows: Any, step: Any, offset: Any) -> Any:
     """Rows whose groups are tokens: channels have steps of their own."""
     channels, bits, zeros, group, stride = at(f, 7), at(f, 28), at(f, 30), at(f, 23), at(f, 14)
     whole, centred = channels // LANES * LANES, 0 if zeros == OFFSET else 1
@@ -93,12 +94,14 @@ def _by_token_group(f: Any, b: Any, k: Any, start: Any, count: Any, rows: Any, s
                     )
                 for j in range(whole, channels):
                     pair = jit.read_float(step + 4 * j), jit.read_float(offset + 4 * j)
-                    jit.write_float(target + 4 * j, _number(_code(place, j, channels, bits), *pair, zeros))
+                    jit.write_float(
+                        target + 4 * j, number_of(code_at(place, j, channels, bits), *pair, zeros)
+                    )
         done += together
 
 
 @device
-def _by_channel_group(
+def by_channel_group(
     f: Any, b: Any, k: Any, start: Any, count: Any, rows: Any, step: Any, offset: Any
 ) -> Any:
     """Rows whose groups are neighbouring channels."""
@@ -120,16 +123,16 @@ def _by_channel_group(
                 codes = source + begin * bits // 8
                 decoders.decode_same(codes, row + 4 * begin, pair[0], pair[1], whole - begin, bits, centred)
             for j in range(whole, end):
-                jit.write_float(row + 4 * j, _number(_code(source, j, channels, bits), *pair, zeros))
+                jit.write_float(row + 4 * j, number_of(code_at(source, j, channels, bits), *pair, zeros))
 
 
 @device
 def decode_tile(f: Any, b: Any, k: Any, start: Any, count: Any, rows: Any, step: Any, offset: Any) -> Any:
     """Decode `count` rows of a head from row `start` on to `rows`; `step` and `offset` are scratch."""
     if at(f, 27) == TOKEN:
-        _by_token_group(f, b, k, start, count, rows, step, offset)
+        by_token_group(f, b, k, start, count, rows, step, offset)
     else:
-        _by_channel_group(f, b, k, start, count, rows, step, offset)
+        by_channel_group(f, b, k, start, count, rows, step, offset)
 
 
 @device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -10,7 +11,10 @@ from numba.extending import intrinsic
 
 from kvpack.kernels.cpu.codes import LANES, load, unpack_words
 from kvpack.kernels.cpu.jit import ADDRESS, F32, I32, I64
-from kvpack.kernels.cpu.vectors import FLOATS, WIDTHS, loop, splat, store
+from kvpack.kernels.cpu.vectors import FLOATS, WIDTHS, loop, splat, store, switch
+
+Grid = Callable[[Any], Iterable[Any]]
+"""Steps and offsets of sixteen codes, given how many bytes their numbers stand behind the first."""
 
 
 def _codes(builder: Any, address: Any, bits: int) -> Any:
@@ -27,19 +31,37 @@ def _number(builder: Any, codes: Any, step: Any, offset: Any, centred: bool) -> 
     return builder.fadd(builder.fmul(codes, step), offset)
 
 
-def _for_width(builder: Any, bits: Any, centred: Any, emit: Any) -> None:
+def _for_width(builder: Any, bits: Any, centred: Any, emit: Callable[[int, bool], None]) -> None:
     """Call ``emit(width, is_centred)`` for every width, each in a branch of its own."""
-    done = builder.append_basic_block("decoded")
     key = builder.or_(builder.shl(bits, I64(1)), builder.and_(centred, I64(1)))
-    switch = builder.switch(key, done)
-    for width in WIDTHS:
-        for is_centred in (False, True):
-            block = builder.append_basic_block(f"bits{width}")
-            switch.add_case(I64(2 * width + is_centred), block)
-            builder.position_at_end(block)
-            emit(width, is_centred)
-            builder.branch(done)
-    builder.position_at_end(done)
+    cases = [2 * width + is_centred for width in WIDTHS for is_centred in (0, 1)]
+    switch(builder, key, cases, lambda case: emit(case >> 1, bool(case & 1)))
+
+
+def _decode(builder: Any, ends: Sequence[Any], count: Any, grid: Grid, width: int, centred: bool) -> None:
+    """Decode `count` codes from one address to another; `grid` has a step and an offset for every lane."""
+    codes, out = ends
+
+    def body(at: Any, values: list[Any]) -> list[Any]:
+        place = builder.mul(at, I64(4))
+        source = builder.add(codes, builder.lshr(builder.mul(at, I64(width)), I64(3)))
+        step, offset = grid(place)
+        number = _number(builder, _codes(builder, source, width), step, offset, centred)
+        store(builder, number, builder.add(out, place))
+        return values
+
+    loop(builder, count, LANES, [], body)
+
+
+def _of_each(builder: Any, step: Any, offset: Any) -> Grid:
+    """Steps and offsets that lie in memory, one per code."""
+    return lambda place: [load(builder, builder.add(base, place), FLOATS) for base in (step, offset)]
+
+
+def _of_all(builder: Any, step: Any, offset: Any) -> Grid:
+    """One step and one offset."""
+    same = [splat(builder, number) for number in (step, offset)]
+    return lambda place: same
 
 
 @intrinsic
@@ -53,20 +75,9 @@ def decode_each(
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        codes, out, step, offset, count, bits, centred = arguments
-
-        def emit(width: int, is_centred: bool) -> None:
-            def body(at: Any, values: list[Any]) -> list[Any]:
-                place = builder.mul(at, I64(4))
-                source = builder.add(codes, builder.lshr(builder.mul(at, I64(width)), I64(3)))
-                steps, offsets = (load(builder, builder.add(base, place), FLOATS) for base in (step, offset))
-                number = _number(builder, _codes(builder, source, width), steps, offsets, is_centred)
-                store(builder, number, builder.add(out, place))
-                return values
-
-            loop(builder, count, LANES, [], body)
-
-        _for_width(builder, bits, centred, emit)
+        *ends, step, offset, count, bits, centred = arguments
+        grid = _of_each(builder, step, offset)
+        _for_width(builder, bits, centred, lambda *version: _decode(builder, ends, count, grid, *version))
         return context.get_dummy_value()
 
     return types.void(*[ADDRESS] * 7), generate
@@ -79,19 +90,9 @@ def decode_same(
     """Decode `count` codes, a multiple of 16, that share step and offset; else as `decode_each`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        codes, out, step, offset, count, bits, centred = arguments
-        steps, offsets = (splat(builder, number) for number in (step, offset))
-
-        def emit(width: int, is_centred: bool) -> None:
-            def body(at: Any, values: list[Any]) -> list[Any]:
-                source = builder.add(codes, builder.lshr(builder.mul(at, I64(width)), I64(3)))
-                number = _number(builder, _codes(builder, source, width), steps, offsets, is_centred)
-                store(builder, number, builder.add(out, builder.mul(at, I64(4))))
-                return values
-
-            loop(builder, count, LANES, [], body)
-
-        _for_width(builder, bits, centred, emit)
+        *ends, step, offset, count, bits, centred = arguments
+        grid = _of_all(builder, step, offset)
+        _for_width(builder, bits, centred, lambda *version: _decode(builder, ends, count, grid, *version))
         return context.get_dummy_value()
 
     return types.void(ADDRESS, ADDRESS, types.float32, types.float32, *[ADDRESS] * 3), generate
@@ -114,26 +115,13 @@ def decode_rows_each(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         codes, stride, out, step, offset, count, rows, bits, centred = arguments
-        width_bytes = builder.mul(count, I64(4))
+        grid, width_bytes = _of_each(builder, step, offset), builder.mul(count, I64(4))
 
         def emit(width: int, is_centred: bool) -> None:
             def row(index: Any, values: list[Any]) -> list[Any]:
-                first, target = (
-                    builder.add(base, builder.mul(index, size))
-                    for base, size in ((codes, stride), (out, width_bytes))
-                )
-
-                def body(at: Any, inner: list[Any]) -> list[Any]:
-                    place = builder.mul(at, I64(4))
-                    source = builder.add(first, builder.lshr(builder.mul(at, I64(width)), I64(3)))
-                    steps, offsets = (
-                        load(builder, builder.add(base, place), FLOATS) for base in (step, offset)
-                    )
-                    number = _number(builder, _codes(builder, source, width), steps, offsets, is_centred)
-                    store(builder, number, builder.add(target, place))
-                    return inner
-
-                loop(builder, count, LANES, [], body)
+                places = ((codes, stride), (out, width_bytes))
+                ends = [builder.add(base, builder.mul(index, size)) for base, size in places]
+                _decode(builder, ends, count, grid, width, is_centred)
                 return values
 
             loop(builder, rows, 1, [], row)
@@ -165,36 +153,23 @@ def decode_rows_grouped(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         codes, stride, out, step, offset, group, groups, rows, bits, centred = arguments
-        group_bytes = builder.mul(group, I64(4))
 
         def emit(width: int, is_centred: bool) -> None:
             code_bytes = builder.lshr(builder.mul(group, I64(width)), I64(3))
 
             def row(index: Any, values: list[Any]) -> list[Any]:
                 first = builder.add(codes, builder.mul(index, stride))
-                begin = builder.mul(index, groups)
 
-                def one(g: Any, middle: list[Any]) -> list[Any]:
-                    entry = builder.add(begin, g)
+                def one(g: Any, inner: list[Any]) -> list[Any]:
+                    entry = builder.add(builder.mul(index, groups), g)
                     place = builder.mul(entry, I64(4))
-                    steps, offsets = (
-                        splat(builder, load(builder, builder.add(base, place), F32))
-                        for base in (step, offset)
-                    )
-                    start = builder.add(first, builder.mul(g, code_bytes))
-                    target = builder.add(out, builder.mul(entry, group_bytes))
+                    pair = [load(builder, builder.add(base, place), F32) for base in (step, offset)]
+                    source = builder.add(first, builder.mul(g, code_bytes))
+                    ends = source, builder.add(out, builder.mul(place, group))
+                    _decode(builder, ends, group, _of_all(builder, *pair), width, is_centred)
+                    return inner
 
-                    def body(at: Any, inner: list[Any]) -> list[Any]:
-                        source = builder.add(start, builder.lshr(builder.mul(at, I64(width)), I64(3)))
-                        number = _number(builder, _codes(builder, source, width), steps, offsets, is_centred)
-                        store(builder, number, builder.add(target, builder.mul(at, I64(4))))
-                        return inner
-
-                    loop(builder, group, LANES, [], body)
-                    return middle
-
-                loop(builder, groups, 1, [], one)
-                return values
+                return loop(builder, groups, 1, values, one)
 
             loop(builder, rows, 1, [], row)
 

@@ -12,44 +12,16 @@ from numba.extending import intrinsic
 
 from kvpack.kernels.cpu import jit
 from kvpack.kernels.cpu.codes import LANES, constant, load
-from kvpack.kernels.cpu.jit import ADDRESS, F16, F32, I8, I16, I32, I64
-from kvpack.kernels.cpu.vectors import FLOATS, call, fused, loop, splat, store, total
+from kvpack.kernels.cpu.jit import ADDRESS, F32, I8, I32, I64
+from kvpack.kernels.cpu.stored_floats import BYTES, SIZES, WORDS, widened
+from kvpack.kernels.cpu.vectors import FLOATS, WIDTHS, call, every, fused, loop, splat, store, switch, total
 
-BYTES, HALVES, WORDS = (ir.VectorType(kind, LANES) for kind in (I8, I16, I32))
-SIZES = {jit.FLOAT32: 4, jit.FLOAT16: 2, jit.BFLOAT16: 2}
-"""Bytes of a number, by how it is stored."""
-
-
-def every(kind: Any, value: float) -> Any:
-    """A vector constant of one value."""
-    return constant(kind, [value] * kind.count)
-
-
-def _numbers(builder: Any, kind: int, address: Any) -> Any:
-    """Sixteen stored numbers as float32."""
-    if kind == jit.FLOAT32:
-        return load(builder, address, FLOATS)
-    if kind == jit.FLOAT16:
-        return builder.fpext(load(builder, address, ir.VectorType(F16, LANES)), FLOATS)
-    wide = builder.zext(load(builder, address, HALVES), WORDS)
-    return builder.bitcast(builder.shl(wide, every(WORDS, 16)), FLOATS)
+KINDS = (jit.FLOAT32, jit.FLOAT16, jit.BFLOAT16)
+"""How numbers may be stored that are encoded."""
 
 
 def _place(builder: Any, address: Any, index: Any, size: int) -> Any:
     return builder.add(address, builder.mul(index, I64(size)))
-
-
-def switch(builder: Any, key: Any, numbers: Sequence[int], emit: Callable[[int], None]) -> None:
-    """Run the code of a number, each in a branch of its own."""
-    done = builder.append_basic_block("done")
-    choose = builder.switch(key, done)
-    for number in numbers:
-        block = builder.append_basic_block(f"case{number}")
-        choose.add_case(I64(number), block)
-        builder.position_at_end(block)
-        emit(number)
-        builder.branch(done)
-    builder.position_at_end(done)
 
 
 def _extremes(builder: Any, kind: int, address: Any, stride: Any, count: Any, step: int) -> list[Any]:
@@ -59,7 +31,7 @@ def _extremes(builder: Any, kind: int, address: Any, stride: Any, count: Any, st
     """
 
     def body(at: Any, held: list[Any]) -> list[Any]:
-        x = _numbers(builder, kind, builder.add(address, builder.mul(at, stride)))
+        x = widened(builder, kind, builder.add(address, builder.mul(at, stride)))
         low = builder.select(builder.fcmp_ordered("<", x, held[0]), x, held[0])
         high = builder.select(builder.fcmp_ordered(">", x, held[1]), x, held[1])
         bad = builder.sext(builder.fcmp_unordered("uno", x, x), WORDS)
@@ -84,7 +56,7 @@ def range_same(typing: Any, numbers: Any, kind: Any, count: Any, low: Any, high:
                 end = call(builder, f"llvm.vector.reduce.{name}.v{LANES}f32", F32, [vector], ("nnan",))
                 store(builder, builder.select(met, F32(float("nan")), end), out)
 
-        switch(builder, kind, list(SIZES), emit)
+        switch(builder, kind, KINDS, emit)
         return context.get_dummy_value()
 
     return types.void(*[ADDRESS] * 5), generate
@@ -111,7 +83,7 @@ def range_each(
 
             loop(builder, wide, LANES, [], columns)
 
-        switch(builder, kind, list(SIZES), emit)
+        switch(builder, kind, KINDS, emit)
         return context.get_dummy_value()
 
     return types.void(*[ADDRESS] * 7), generate
@@ -141,7 +113,7 @@ def _round(
         kind, is_centred = key >> 1, bool(key & 1)
 
         def body(at: Any, values: list[Any]) -> list[Any]:
-            x = _numbers(builder, kind, _place(builder, numbers, at, SIZES[kind]))
+            x = widened(builder, kind, _place(builder, numbers, at, SIZES[kind]))
             code = _code(builder, x, *grid(at), top, is_centred)
             builder.store(code, builder.inttoptr(builder.add(out, at), BYTES.as_pointer())).align = 1
             return values
@@ -149,7 +121,7 @@ def _round(
         loop(builder, count, LANES, [], body)
 
     key = builder.or_(builder.shl(kind, I64(1)), builder.and_(centred, I64(1)))
-    switch(builder, key, [2 * kind + is_centred for kind in SIZES for is_centred in (0, 1)], emit)
+    switch(builder, key, [2 * kind + is_centred for kind in KINDS for is_centred in (0, 1)], emit)
 
 
 @intrinsic
@@ -224,7 +196,7 @@ def _packer(span: int) -> Any:
 
                 loop(builder, count, span, [], body)
 
-            switch(builder, bits, range(1, 9), emit)
+            switch(builder, bits, WIDTHS, emit)
             return context.get_dummy_value()
 
         return types.void(*[ADDRESS] * 4), generate
@@ -248,14 +220,14 @@ def squares(typing: Any, numbers: Any, kind: Any, others: Any, count: Any, out: 
 
         def emit(kind: int) -> None:
             def body(at: Any, sums: list[Any]) -> list[Any]:
-                x = _numbers(builder, kind, _place(builder, numbers, at, SIZES[kind]))
+                x = widened(builder, kind, _place(builder, numbers, at, SIZES[kind]))
                 lost = builder.fsub(x, load(builder, _place(builder, others, at, 4), FLOATS))
                 return [fused(builder, v, v, held) for v, held in zip((lost, x), sums, strict=True)]
 
             for i, found in enumerate(loop(builder, count, LANES, [every(FLOATS, 0.0)] * 2, body)):
                 store(builder, total(builder, found), builder.add(out, I64(4 * i)))
 
-        switch(builder, kind, list(SIZES), emit)
+        switch(builder, kind, KINDS, emit)
         return context.get_dummy_value()
 
     return types.void(*[ADDRESS] * 5), generate

@@ -11,9 +11,9 @@ from numba.extending import intrinsic
 from kvpack.kernels.cpu import jit
 from kvpack.kernels.cpu.affine_rows import CENTRED, OFFSET
 from kvpack.kernels.cpu.codes import LANES, load
-from kvpack.kernels.cpu.encode_vectors import BYTES, HALVES, WORDS, every, switch
 from kvpack.kernels.cpu.jit import ADDRESS, F16, I64
-from kvpack.kernels.cpu.vectors import FLOATS, call, loop, splat, store
+from kvpack.kernels.cpu.stored_floats import BYTES, HALVES, WORDS
+from kvpack.kernels.cpu.vectors import FLOATS, call, every, loop, splat, store, switch
 
 LARGEST = {
     jit.FLOAT32: 3.4028234663852886e38,

@@ -22,7 +22,7 @@ import numpy as np
 from numba import cfunc
 
 from kvpack.kernels.cpu import jit, lookups, vectors
-from kvpack.kernels.cpu.affine_rows import CENTRED_INTEGER, DENSE, MIX, OFFSET, SCORES
+from kvpack.kernels.cpu.affine_rows import CENTRED_INTEGER, DENSE, MIX, OFFSET, SCORES, number_of
 from kvpack.kernels.cpu.codes import LANES
 from kvpack.kernels.cpu.jit import ENTRY, at, device
 from kvpack.kernels.cpu.tiles import products, sums
@@ -55,11 +55,6 @@ def _words(row: Any, count: Any, bits: Any, size: Any, out: Any) -> Any:
         jit.write_word(out + 2 * j, (word >> (j * bits % 8)) & ((1 << bits) - 1))
     for j in range(count, (count + 63) // 64 * 64):
         jit.write_word(out + 2 * j, 0)
-
-
-@device
-def _number(code: Any, step: Any, offset: Any, zeros: Any) -> Any:
-    return code * step + offset if zeros == OFFSET else (code - offset) * step
 
 
 @device
@@ -128,7 +123,7 @@ def _on_a_grid(f: Any, row: Any, first: Any, second: Any, words: Any, out: Any) 
             lookups.on_a_grid(words + 2 * begin, out + 4 * begin, whole - begin, step, offset, centred)
         for j in range(whole, end):
             code = np.float32(np.int32(jit.read_word(words + 2 * j)))
-            jit.write_float(out + 4 * j, _number(code, step, offset, at(f, 30)))
+            jit.write_float(out + 4 * j, number_of(code, step, offset, at(f, 30)))
 
 
 @device

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,19 +25,6 @@ _FOUR = ir.VectorType(F32, 4)
 _PLACES = ir.VectorType(I32, 8)
 
 
-def _switch(builder: Any, key: Any, cases: Any, emit: Callable[[int], None]) -> None:
-    """Call ``emit(case)`` for every case, each in a branch of its own."""
-    done = builder.append_basic_block("looked_up")
-    switch = builder.switch(key, done)
-    for case in cases:
-        block = builder.append_basic_block(f"case{case}")
-        switch.add_case(I64(case), block)
-        builder.position_at_end(block)
-        emit(case)
-        builder.branch(done)
-    builder.position_at_end(done)
-
-
 def _shuffled(builder: Any, a: Any, b: Any, places: Any) -> Any:
     places = list(places)
     return builder.shuffle_vector(a, b, constant(ir.VectorType(I32, len(places)), places))
@@ -60,7 +46,7 @@ def unpack_row(typing: Any, codes: Any, out: Any, count: Any, bits: Any) -> Any:
 
             vectors.loop(builder, count, LANES, [], body)
 
-        _switch(builder, bits, vectors.WIDTHS, emit)
+        vectors.switch(builder, bits, vectors.WIDTHS, emit)
         return context.get_dummy_value()
 
     return types.void(*[ADDRESS] * 4), generate
@@ -90,7 +76,7 @@ def on_a_grid(typing: Any, words: Any, out: Any, count: Any, step: Any, offset: 
 
             vectors.loop(builder, count, LANES, [], body)
 
-        _switch(builder, centred, (0, 1), emit)
+        vectors.switch(builder, centred, (0, 1), emit)
         return context.get_dummy_value()
 
     return types.void(*[ADDRESS] * 3, types.float32, types.float32, ADDRESS), generate
@@ -176,7 +162,7 @@ def copy_vectors(typing: Any, words: Any, book: Any, out: Any, count: Any, size:
 
             vectors.loop(builder, count, TOGETHER, [], body)
 
-        _switch(builder, size, SIZES, emit)
+        vectors.switch(builder, size, SIZES, emit)
         return context.get_dummy_value()
 
     return types.void(*[ADDRESS] * 5, types.float32), generate
@@ -215,7 +201,7 @@ def vectors_product(typing: Any, words: Any, book: Any, x: Any, count: Any, size
             whole = builder.fadd(builder.fadd(*sums[:2]), builder.fadd(*sums[2:]))
             builder.store(vectors.total(builder, whole), out)
 
-        _switch(builder, size, SIZES, emit)
+        vectors.switch(builder, size, SIZES, emit)
         return builder.load(out)
 
     return types.float32(*[ADDRESS] * 5), generate

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpack.core.rows import LevelCodes, Place, Spread, Step, TokenRows, Turn
-from kvpack.kernels.cpu import affine, jit, pool, row_vectors, token_rows
+from kvpack.kernels.cpu import affine, jit, pool, stored_floats, token_rows
 from kvpack.kernels.cpu.affine_rows import CHANNEL, MIX, SCORES, TOKEN
 from kvpack.kernels.cpu.codes import LANES
 from kvpack.ops.packed_affine import AffineCodes
@@ -18,7 +18,7 @@ _KINDS = {
     torch.float16: jit.FLOAT16,
     torch.bfloat16: jit.BFLOAT16,
     torch.float8_e4m3fn: jit.FLOAT8,
-    torch.float8_e5m2: row_vectors.FLOAT8_WIDE,
+    torch.float8_e5m2: stored_floats.FLOAT8_WIDE,
 }
 _TILE_NUMBERS = 8192
 _MOST_TOKENS = 512

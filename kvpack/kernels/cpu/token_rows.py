@@ -25,8 +25,8 @@ from kvpack.kernels.cpu.affine_rows import (
     MIX,
     SCORES,
     TOKEN,
-    _by_channel_group,
-    _by_token_group,
+    by_channel_group,
+    by_token_group,
 )
 from kvpack.kernels.cpu.codes import LANES
 from kvpack.kernels.cpu.jit import ENTRY, at, device
@@ -127,9 +127,9 @@ def _turn(f: Any, b: Any, start: Any, count: Any, rows: Any, out: Any) -> Any:
 def _decode(f: Any, b: Any, k: Any, start: Any, count: Any, rows: Any, step: Any, offset: Any) -> Any:
     kind = at(f, 27)
     if kind == TOKEN:
-        _by_token_group(f, b, k, start, count, rows, step, offset)
+        by_token_group(f, b, k, start, count, rows, step, offset)
     elif kind == CHANNEL:
-        _by_channel_group(f, b, k, start, count, rows, step, offset)
+        by_channel_group(f, b, k, start, count, rows, step, offset)
     else:
         _decode_others(f, b, k, start, count, rows, step, offset)
 

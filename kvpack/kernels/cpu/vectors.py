@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from kvpack.kernels.cpu.codes import LANES, load
+from kvpack.kernels.cpu.codes import LANES, constant, load
 from kvpack.kernels.cpu.jit import ADDRESS, F32, I32, I64, device, read_float
 
 FLOATS = ir.VectorType(F32, LANES)
@@ -39,6 +39,11 @@ def splat(builder: Any, number: Any, kind: Any = FLOATS) -> Any:
     empty = ir.Constant(kind, ir.Undefined)
     first = builder.insert_element(empty, number, I32(0))
     return builder.shuffle_vector(first, empty, ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count))
+
+
+def every(kind: Any, number: float) -> Any:
+    """A vector constant of one number."""
+    return constant(kind, [number] * kind.count)
 
 
 def fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
@@ -118,7 +123,7 @@ def _dots(builder: Any, row: Any, others: Sequence[Any], count: Any) -> list[Any
         numbers = [load(builder, builder.add(other, place), FLOATS) for other in others]
         return [fused(builder, shared, x, held) for x, held in zip(numbers, sums, strict=True)]
 
-    return loop(builder, count, LANES, [ir.Constant(FLOATS, [0.0] * LANES) for _ in others], step)
+    return loop(builder, count, LANES, [every(FLOATS, 0.0)] * len(others), step)
 
 
 def _pairwise(builder: Any, a: Any, b: Any | None) -> Any:
@@ -143,7 +148,7 @@ def peak_and_sum(typing: Any, row: Any, count: Any, out: Any) -> Any:
             larger = builder.select(builder.fcmp_ordered(">", size, held[0]), size, held[0])
             return [larger, builder.fadd(held[1], numbers)]
 
-        nothing = ir.Constant(FLOATS, [0.0] * LANES)
+        nothing = every(FLOATS, 0.0)
         peaks, sums = loop(builder, count, LANES, [nothing, nothing], step)
         peak = call(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", F32, [peaks])
         store(builder, peak, out)
@@ -212,6 +217,19 @@ def _add(
     sums = loop(builder, count, 1, [load(builder, out, FLOATS) for out in outs], step)
     for value, out in zip(sums, outs, strict=True):
         store(builder, value, out)
+
+
+def switch(builder: Any, key: Any, cases: Iterable[int], emit: Callable[[int], None]) -> None:
+    """Emit the code of every case, each in a branch of its own; any other key does nothing."""
+    done = builder.append_basic_block("done")
+    choice = builder.switch(key, done)
+    for case in cases:
+        block = builder.append_basic_block(f"case{case}")
+        choice.add_case(I64(case), block)
+        builder.position_at_end(block)
+        emit(case)
+        builder.branch(done)
+    builder.position_at_end(done)
 
 
 def loop(builder: Any, count: Any, step: int, start: list[Any], body: Any) -> list[Any]:

@@ -6,7 +6,6 @@ leaves sums that a second kernel joins. Codes are read once, steps are never mul
 """
 
 # mypy: ignore-errors
-# ruff: noqa: SIM300
 from __future__ import annotations
 
 import torch
@@ -23,16 +22,14 @@ from kvpack.kernels.triton.attention_plan import (
 )
 from kvpack.kernels.triton.attention_steps import (
     MINUS_INFINITY,
-    channel_rows,
+    key_rows,
     load_query,
     masked,
-    mix_by_channel,
-    mix_by_token,
-    scores_by_channel,
-    scores_by_token,
+    no_sums,
     soften,
+    tile_scores,
+    tile_sums,
 )
-from kvpack.kernels.triton.bits import load_units
 from kvpack.ops.packed_affine import AffineCodes
 
 
@@ -41,89 +38,55 @@ def _attend(
     query, keys, key_scale, key_zero, values, value_scale, value_zero, mask, out, maximum, total,
     q_b, q_h, q_m, k_b, k_h, ks_b, ks_h, v_b, v_h, vs_b, vs_h, mask_b,
     heads, M, start, stop, first, chunk, scale, softcap,
-    K_T: tl.constexpr, KS_T: tl.constexpr, KD: tl.constexpr, K_TOKEN: tl.constexpr,
-    K_SIZE: tl.constexpr, K_I: tl.constexpr, K_U: tl.constexpr,
-    K_N: tl.constexpr, K_UB: tl.constexpr, K_BITS: tl.constexpr, K_ZERO: tl.constexpr,
-    V_T: tl.constexpr, VS_T: tl.constexpr, VD: tl.constexpr, V_TOKEN: tl.constexpr,
-    V_SIZE: tl.constexpr, V_I: tl.constexpr, V_U: tl.constexpr,
-    V_N: tl.constexpr, V_UB: tl.constexpr, V_BITS: tl.constexpr, V_ZERO: tl.constexpr,
-    MP: tl.constexpr, TILE: tl.constexpr, DOT: tl.constexpr, SOFTCAP: tl.constexpr,
-    MASK: tl.constexpr, STAGES: tl.constexpr,
+    K_T: tl.constexpr, KS_T: tl.constexpr, KD: tl.constexpr, K_TOKEN: tl.constexpr, K_SIZE: tl.constexpr,
+    K_I: tl.constexpr, K_U: tl.constexpr, K_N: tl.constexpr, K_UB: tl.constexpr, K_BITS: tl.constexpr,
+    K_ZERO: tl.constexpr,
+    V_T: tl.constexpr, VS_T: tl.constexpr, VD: tl.constexpr, V_TOKEN: tl.constexpr, V_SIZE: tl.constexpr,
+    V_I: tl.constexpr, V_U: tl.constexpr, V_N: tl.constexpr, V_UB: tl.constexpr, V_BITS: tl.constexpr,
+    V_ZERO: tl.constexpr, MP: tl.constexpr, TILE: tl.constexpr, DOT: tl.constexpr,
+    SOFTCAP: tl.constexpr, MASK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: kv head `program_id(0)`, tokens of split `program_id(1)`."""
-    b = (tl.program_id(0) // heads).to(tl.int64)
-    h = (tl.program_id(0) % heads).to(tl.int64)
-    split = tl.program_id(1)
-    keys += b * k_b + h * k_h
-    grids = b * ks_b + h * ks_h
-    key_scale, key_zero = key_scale + grids, key_zero + grids
-    values += b * v_b + h * v_h
-    grids = b * vs_b + h * vs_h
-    value_scale, value_zero = value_scale + grids, value_zero + grids
-    mask += b * mask_b
+    b, h = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
+    keys, key_scale, key_zero = _head(keys, key_scale, key_zero, b, h, k_b, k_h, ks_b, ks_h)
+    values, value_scale, value_zero = _head(values, value_scale, value_zero, b, h, v_b, v_h, vs_b, vs_h)
     q, power = load_query(query + b * q_b + h * q_h, q_m, M, KD, MP, K_U, K_N, DOT)
-    factor = power * scale
-    rows, sums = (), ()
-    if not K_TOKEN:
-        rows, sums = channel_rows(q, K_SIZE, K_I, MP, K_U, K_N, DOT)
-
-    ku, vu = tl.arange(0, K_U), tl.arange(0, V_U)
-    running = tl.full([MP], MINUS_INFINITY, tl.float32)
-    weight = tl.zeros([MP, TILE], tl.float32)
-    V_ROWS: tl.constexpr = MP if V_TOKEN else V_I * MP
-    acc = ()
-    for _ in tl.static_range(V_N):
-        acc += (tl.zeros([V_ROWS, V_U], tl.float32),)
-    offsets = tl.zeros([V_I, MP, TILE], tl.float32)
-    peak = tl.full([V_I], 1.0 if DOT == tl.float32 else 1e-30, tl.float32)
-
-    begin = first + split * chunk
+    rows, sums = key_rows(q, K_TOKEN, K_SIZE, K_I, MP, K_U, K_N, DOT)
+    running, weight = tl.full([MP], MINUS_INFINITY, tl.float32), tl.zeros([MP, TILE], tl.float32)
+    acc, offsets, peak = no_sums(V_TOKEN, V_I, V_U, V_N, MP, TILE, DOT)
+    begin = first + tl.program_id(1) * chunk
     end = tl.minimum(begin + chunk, stop)
-    r = tl.arange(0, TILE)
     for tile in tl.range(begin, end, TILE, num_stages=STAGES):
-        t = tile + r
+        t = tile + tl.arange(0, TILE)
         live = (t >= start) & (t < end)
-        at = tl.full([], 0, tl.int64) + tile
-        word = load_units(
-            keys + at * K_T + (r * K_T)[None, :], (ku * K_UB)[:, None], live[None, :], KD, K_U, K_BITS
-        )
-        if K_TOKEN:
-            at = at // K_SIZE
-            s = scores_by_token(
-                q, word, key_scale + at * KS_T, key_zero + at * KS_T, t // K_SIZE - tile // K_SIZE, KS_T,
-                (stop - 1) // K_SIZE - tile // K_SIZE, KD, K_I, MP, K_U, K_N, TILE, K_BITS, K_ZERO, DOT,
-            )  # fmt: skip
-        else:
-            s = scores_by_channel(
-                rows, sums, word, key_scale + at * KS_T, key_zero + at * KS_T, r, KS_T, live,
-                (KD + K_SIZE - 1) // K_SIZE, K_I, MP, K_N, TILE, K_BITS, K_ZERO, DOT,
-            )  # fmt: skip
-        s = masked(s, factor, softcap, mask, t - start, live, SOFTCAP, MASK)
+        s = tile_scores(
+            q, rows, sums, keys, key_scale, key_zero, tile, live, stop, K_T, KS_T, KD, K_TOKEN, K_SIZE,
+            K_I, K_U, K_N, K_UB, K_BITS, K_ZERO, MP, TILE, DOT,
+        )  # fmt: skip
+        s = masked(s, power * scale, softcap, mask + b * mask_b, t - start, live, SOFTCAP, MASK)
         running, weight, alpha, p = soften(s, running, weight)
-        at = tl.full([], 0, tl.int64) + tile
-        word = load_units(
-            values + at * V_T + (r * V_T)[:, None], (vu * V_UB)[None, :], live[:, None], VD, V_U, V_BITS
-        )
-        if V_TOKEN:
-            at = at // V_SIZE
-            acc = mix_by_token(
-                acc, p, alpha, word, value_scale + at * VS_T, value_zero + at * VS_T,
-                t // V_SIZE - tile // V_SIZE, VS_T, (stop - 1) // V_SIZE - tile // V_SIZE, VD,
-                V_I, MP, V_U, V_N, TILE, V_BITS, V_ZERO, DOT,
-            )  # fmt: skip
-        else:
-            acc, offsets, peak = mix_by_channel(
-                acc, offsets, peak, p, alpha, word, value_scale + at * VS_T, value_zero + at * VS_T,
-                r, VS_T, live, (VD + V_SIZE - 1) // V_SIZE, V_I, MP, V_N, TILE, V_BITS, V_ZERO, DOT,
-            )  # fmt: skip
+        acc, offsets, peak = tile_sums(
+            acc, offsets, peak, p, alpha, values, value_scale, value_zero, tile, live, stop, V_T, VS_T, VD,
+            V_TOKEN, V_SIZE, V_I, V_U, V_N, V_UB, V_BITS, V_ZERO, MP, TILE, DOT,
+        )  # fmt: skip
+    place = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * M
+    _store(acc, tl.sum(offsets, 2), peak, out + place * VD, M, VD, V_TOKEN, V_SIZE, V_I, V_U, V_N, MP)
+    _store_weight(running, weight, maximum + place, total + place, M, MP)
 
-    place = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + split) * M
-    _store(
-        acc, tl.sum(offsets, 2), peak, out + place * VD, M, VD, V_TOKEN, V_SIZE, V_I, V_U, V_N, MP
-    )  # fmt: skip
+
+@triton.jit
+def _head(codes, scale, zero, b, h, code_b, code_h, grid_b, grid_h):
+    """Where codes and grids of kv head `h` of batch row `b` begin."""
+    grids = b * grid_b + h * grid_h
+    return codes + b * code_b + h * code_h, scale + grids, zero + grids
+
+
+@triton.jit
+def _store_weight(running, weight, maximum, total, M, MP: tl.constexpr):
+    """Write the greatest score and the sum of the weights of every query head."""
     m = tl.arange(0, MP)
-    tl.store(maximum + place + m, running * 0.6931471805599453, mask=m < M)
-    tl.store(total + place + m, tl.sum(weight, 1), mask=m < M)
+    tl.store(maximum + m, running * 0.6931471805599453, mask=m < M)
+    tl.store(total + m, tl.sum(weight, 1), mask=m < M)
 
 
 @triton.jit

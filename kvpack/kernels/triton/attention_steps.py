@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvpack.kernels.triton.bits import load_grid, plane, split_planes
+from kvpack.kernels.triton.bits import load_grid, load_units, plane, split_planes
 
 MINUS_INFINITY = tl.constexpr(float("-inf"))
 
@@ -58,7 +58,44 @@ def grid_planes(
 
 
 @triton.jit
-def channel_rows(
+def key_rows(
+    q, TOKEN: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr, MP: tl.constexpr, U: tl.constexpr,
+    N: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """What all tiles share: of keys grouped along channels left factors, and sums of q in every group."""
+    rows, sums = (), ()
+    if not TOKEN:
+        rows, sums = _channel_rows(q, SIZE, GROUPS, MP, U, N, DOT)
+    return rows, sums
+
+
+@triton.jit
+def tile_scores(
+    q, rows, sums, keys, scale, zero, tile, live, stop, T: tl.constexpr, GRID_T: tl.constexpr,
+    D: tl.constexpr, TOKEN: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr, U: tl.constexpr,
+    N: tl.constexpr, UB: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr,
+    MP: tl.constexpr, TILE: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Q . k of the tokens from `tile` on, [MP, TILE]; codes are read where `live`, grids before `stop`."""
+    r, u = tl.arange(0, TILE), tl.arange(0, U)
+    at = tl.full([], 0, tl.int64) + tile
+    word = load_units(keys + at * T + (r * T)[None, :], (u * UB)[:, None], live[None, :], D, U, BITS)
+    if TOKEN:
+        grids = at // SIZE * GRID_T
+        s = _scores_by_token(
+            q, word, scale + grids, zero + grids, (tile + r) // SIZE - tile // SIZE, GRID_T,
+            (stop - 1) // SIZE - tile // SIZE, D, GROUPS, MP, U, N, TILE, BITS, ZERO, DOT,
+        )  # fmt: skip
+    else:
+        s = _scores_by_channel(
+            rows, sums, word, scale + at * GRID_T, zero + at * GRID_T, r, GRID_T, live,
+            (D + SIZE - 1) // SIZE, GROUPS, MP, N, TILE, BITS, ZERO, DOT,
+        )  # fmt: skip
+    return s
+
+
+@triton.jit
+def _channel_rows(
     q, SIZE: tl.constexpr, GROUPS: tl.constexpr, MP: tl.constexpr, U: tl.constexpr, N: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
@@ -75,7 +112,7 @@ def channel_rows(
 
 
 @triton.jit
-def scores_by_channel(
+def _scores_by_channel(
     rows, sums, word, scale, zero, r, stride: tl.constexpr, live, G: tl.constexpr,
     GROUPS: tl.constexpr, MP: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
     BITS: tl.constexpr, ZERO: tl.constexpr, DOT: tl.constexpr,
@@ -92,7 +129,7 @@ def scores_by_channel(
 
 
 @triton.jit
-def scores_by_token(
+def _scores_by_token(
     q, word, scale, zero, group, stride: tl.constexpr, last, D: tl.constexpr,
     GROUPS: tl.constexpr, MP: tl.constexpr, U: tl.constexpr, N: tl.constexpr,
     TILE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, DOT: tl.constexpr,
@@ -141,7 +178,46 @@ def soften(s, running, weight):
 
 
 @triton.jit
-def mix_by_channel(
+def no_sums(
+    TOKEN: tl.constexpr, GROUPS: tl.constexpr, U: tl.constexpr, N: tl.constexpr,
+    MP: tl.constexpr, TILE: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Sums, offsets and peak before the first tile, see `_mix_by_channel` and `_mix_by_token`."""
+    ROWS: tl.constexpr = MP if TOKEN else GROUPS * MP
+    acc = ()
+    for _ in tl.static_range(N):
+        acc += (tl.zeros([ROWS, U], tl.float32),)
+    peak = tl.full([GROUPS], 1.0 if DOT == tl.float32 else 1e-30, tl.float32)
+    return acc, tl.zeros([GROUPS, MP, TILE], tl.float32), peak
+
+
+@triton.jit
+def tile_sums(
+    acc, offsets, peak, p, alpha, values, scale, zero, tile, live, stop, T: tl.constexpr,
+    GRID_T: tl.constexpr, D: tl.constexpr, TOKEN: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
+    U: tl.constexpr, N: tl.constexpr, UB: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr,
+    MP: tl.constexpr, TILE: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Add p . v of the tokens from `tile` on; `live` and `stop` as in `tile_scores`."""
+    r, u = tl.arange(0, TILE), tl.arange(0, U)
+    at = tl.full([], 0, tl.int64) + tile
+    word = load_units(values + at * T + (r * T)[:, None], (u * UB)[None, :], live[:, None], D, U, BITS)
+    if TOKEN:
+        grids = at // SIZE * GRID_T
+        acc = _mix_by_token(
+            acc, p, alpha, word, scale + grids, zero + grids, (tile + r) // SIZE - tile // SIZE, GRID_T,
+            (stop - 1) // SIZE - tile // SIZE, D, GROUPS, MP, U, N, TILE, BITS, ZERO, DOT,
+        )  # fmt: skip
+    else:
+        acc, offsets, peak = _mix_by_channel(
+            acc, offsets, peak, p, alpha, word, scale + at * GRID_T, zero + at * GRID_T, r, GRID_T, live,
+            (D + SIZE - 1) // SIZE, GROUPS, MP, N, TILE, BITS, ZERO, DOT,
+        )  # fmt: skip
+    return acc, offsets, peak
+
+
+@triton.jit
+def _mix_by_channel(
     acc, offsets, peak, p, alpha, word, scale, zero, r, stride: tl.constexpr, live, G: tl.constexpr,
     GROUPS: tl.constexpr, MP: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
     BITS: tl.constexpr, ZERO: tl.constexpr, DOT: tl.constexpr,
@@ -168,14 +244,14 @@ def mix_by_channel(
 
 
 @triton.jit
-def mix_by_token(
+def _mix_by_token(
     acc, p, alpha, word, scale, zero, group, stride: tl.constexpr, last, D: tl.constexpr,
     GROUPS: tl.constexpr, MP: tl.constexpr, U: tl.constexpr, N: tl.constexpr,
     TILE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Add a tile to the sums, N planes [MP, U]: values grouped along tokens, `word` [TILE, U].
 
-    `group` and `last` as in `scores_by_token`.
+    `group` and `last` as in `_scores_by_token`.
     """
     i = tl.arange(0, GROUPS)
     steps, shifts = grid_planes(scale, zero, i, stride, last, D, U, N, BITS, ZERO)

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvpack import kernels, ops
+from kvpack import ops
 from kvpack.core.errors import RecipeError
 from kvpack.core.roles import GridCodec
 from kvpack.core.rows import TokenRows
 from kvpack.core.types import Payload, Shape, State, TensorSpec
+from kvpack.kernels.codecs import RowCodec
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class BlockFloat(GridCodec):
+class BlockFloat(RowCodec, GridCodec):
     """Block floating point: `mantissa` bits with sign, an 8-bit exponent per `block` channels.
 
     Every token stands alone. The last block of a token may be shorter, and a block of 0 is all
@@ -81,24 +82,11 @@ class BlockFloat(GridCodec):
         codes = ops.bits.unpack(payload.tensors["codes"], self.mantissa, payload.shape[-1])
         return self.value(codes, {"exponent": payload.tensors["exponent"]}).to(dtype)
 
-    @property
-    def in_rows(self) -> bool:
-        """Always."""
-        return True
-
     def token_rows(self, payload: Payload, state: State) -> TokenRows:
         """The codes on a symmetric grid whose steps are the powers of two."""
         codes, steps = payload.tensors["codes"], self._step(payload.tensors).squeeze(-1)
         grid = (steps, None, self.mantissa, "channel", self.block, payload.shape[-1])
         return TokenRows(ops.packed_affine.AffineCodes(codes, *grid))
-
-    def scores(self, query: Tensor, payload: Payload, state: State) -> Tensor:
-        """Products with the codes, a few rows at a time."""
-        return kernels.rows.scores(query, self.token_rows(payload, state))
-
-    def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
-        """Sums of the codes, a few rows at a time."""
-        return kernels.rows.mix(weights, self.token_rows(payload, state))
 
     def _split(self, x: Tensor) -> Tensor:
         return ops.affine.split(x, "channel", self.block)

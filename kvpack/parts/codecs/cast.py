@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from kvpack import kernels
 from kvpack.core.lazy import torch
-from kvpack.core.roles import Codec
 from kvpack.core.rows import TokenRows
 from kvpack.core.types import Payload, Shape, State, TensorSpec
+from kvpack.kernels.codecs import RowCodec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Cast(Codec):
+class Cast(RowCodec):
     """Rounds to an 8-bit float, exactly 8.0 bits per element.
 
     `float8_e4m3fn` keeps 4 significant bits within +-448, `float8_e5m2` 3 within +-57344. Numbers
@@ -40,19 +39,6 @@ class Cast(Codec):
         """The stored numbers in `dtype`."""
         return payload.tensors["values"].to(dtype)
 
-    @property
-    def in_rows(self) -> bool:
-        """Always."""
-        return True
-
     def token_rows(self, payload: Payload, state: State) -> TokenRows:
         """The stored numbers."""
         return TokenRows(payload.tensors["values"])
-
-    def scores(self, query: Tensor, payload: Payload, state: State) -> Tensor:
-        """Products with the stored numbers, a few rows at a time."""
-        return kernels.rows.scores(query, self.token_rows(payload, state))
-
-    def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
-        """Sums of the stored numbers, a few rows at a time."""
-        return kernels.rows.mix(weights, self.token_rows(payload, state))

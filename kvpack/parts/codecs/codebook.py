@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Literal
 from kvpack import kernels, ops
 from kvpack.core.errors import KvpackError, RecipeError
 from kvpack.core.lazy import torch
-from kvpack.core.roles import Codec
 from kvpack.core.rows import LevelCodes, TokenRows
 from kvpack.core.types import Payload, Shape, Stat, State, Stats, TensorSpec
+from kvpack.kernels.codecs import RowCodec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Codebook(Codec):
+class Codebook(RowCodec):
     """``x ~ z + s * c[q]``: one codebook c of 2^bits levels per layer and plane.
 
     z and s are the middle and half the width of a range, floats of 16 bits. `axis` "channel": the
@@ -125,11 +125,6 @@ class Codebook(Codec):
         """``z + s * c[q]``, with the norm where there is one."""
         return kernels.rows.dense(self.token_rows(payload, state)).to(dtype)
 
-    @property
-    def in_rows(self) -> bool:
-        """Always."""
-        return True
-
     def token_rows(self, payload: Payload, state: State) -> TokenRows:
         """Codes, levels and ranges."""
         codes, levels = payload.tensors["codes"], state["codebook"].float()
@@ -140,14 +135,6 @@ class Codebook(Codec):
         else:
             centre, scale = (ops.rows.per_channel(state[name], codes) for name in ("centre", "scale"))
         return TokenRows(LevelCodes(codes, levels, centre, scale, self.bits, payload.shape[-1]))
-
-    def scores(self, query: Tensor, payload: Payload, state: State) -> Tensor:
-        """Products with the levels, a few rows at a time."""
-        return kernels.rows.scores(query, self.token_rows(payload, state))
-
-    def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
-        """Sums of the levels, a few rows at a time."""
-        return kernels.rows.mix(weights, self.token_rows(payload, state))
 
     def _codebook(self, points: Tensor, gradient: Tensor | None) -> Tensor:
         if self.levels == "even":

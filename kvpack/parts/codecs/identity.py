@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvpack import kernels
-from kvpack.core.roles import Codec
 from kvpack.core.rows import TokenRows
 from kvpack.core.types import Payload, Shape, State, TensorSpec
+from kvpack.kernels.codecs import RowCodec
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Identity(Codec):
+class Identity(RowCodec):
     """Keeps its input bit for bit: the codec of an exact tier."""
 
     exact: ClassVar[bool] = True
@@ -33,19 +32,6 @@ class Identity(Codec):
         """The input, in `dtype`."""
         return payload.tensors["values"].to(dtype)
 
-    @property
-    def in_rows(self) -> bool:
-        """Always."""
-        return True
-
     def token_rows(self, payload: Payload, state: State) -> TokenRows:
         """The stored numbers."""
         return TokenRows(payload.tensors["values"])
-
-    def scores(self, query: Tensor, payload: Payload, state: State) -> Tensor:
-        """Products with the stored numbers, a few rows at a time."""
-        return kernels.rows.scores(query, self.token_rows(payload, state))
-
-    def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
-        """Sums of the stored numbers, a few rows at a time."""
-        return kernels.rows.mix(weights, self.token_rows(payload, state))

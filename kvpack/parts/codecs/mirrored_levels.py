@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvpack import kernels, ops
+from kvpack import ops
 from kvpack.core.roles import GridCodec
 from kvpack.core.types import CodedRows, Payload, Shape, State, TensorSpec
+from kvpack.kernels.codecs import LookupCodec
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 BITS = 2
 
 
 @dataclass(frozen=True)
-class MirroredLevels(GridCodec):
+class MirroredLevels(LookupCodec, GridCodec):
     """``x ~ one of {-a, -b, b, a}``, with a and b for every `size` channels (0: all of a row).
 
     For numbers with few small ones among them, such as the weights that pruning leaves: their
@@ -62,26 +62,9 @@ class MirroredLevels(GridCodec):
         grid = self.grid(x)
         return self.assemble(self.snap(x, grid), grid)
 
-    def decode(self, payload: Payload, state: State, dtype: torch.dtype) -> Tensor:
-        """The approximation in `dtype`."""
-        return kernels.lookup.dense(self.coded_rows(payload, state), dtype)
-
     def coded_rows(self, payload: Payload, state: State) -> CodedRows:
         """Codes and the levels of their groups."""
         codes, small, large = (payload.tensors[name] for name in ("codes", "small", "large"))
         channels = payload.shape[-1]
         group = self.group_size(channels)
         return CodedRows("mirrored", codes, BITS, channels, group, small, large, channels)
-
-    @property
-    def reads_codes(self) -> bool:
-        """Always."""
-        return True
-
-    def scores(self, query: Tensor, payload: Payload, state: State) -> Tensor:
-        """Products with the levels, a few rows at a time."""
-        return kernels.lookup.scores(query, self.coded_rows(payload, state))
-
-    def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
-        """Sums of the levels, a few rows at a time."""
-        return kernels.lookup.mix(weights, self.coded_rows(payload, state))

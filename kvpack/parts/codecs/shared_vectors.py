@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from kvpack import kernels, ops
+from kvpack import ops
 from kvpack.core.errors import KvpackError, RecipeError
 from kvpack.core.lazy import torch
 from kvpack.core.roles import VectorCodec
 from kvpack.core.types import CodedRows, Payload, Shape, Stat, State, Stats, TensorSpec
+from kvpack.kernels.codecs import LookupCodec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,7 @@ FLOAT16_MAX = 65504.0
 
 
 @dataclass(frozen=True)
-class SharedVectors(VectorCodec):
+class SharedVectors(LookupCodec, VectorCodec):
     """Plain vector quantisation: `size` neighbouring channels become one code of `bits` bits.
 
     The codebook of 2^bits vectors is shared by all rows of a weight (all tokens and heads of a
@@ -130,28 +131,11 @@ class SharedVectors(VectorCodec):
         ]
         return self.assemble(torch.cat(codes, -1), scales)
 
-    def decode(self, payload: Payload, state: State, dtype: torch.dtype) -> Tensor:
-        """The vectors, scaled."""
-        return kernels.lookup.dense(self.coded_rows(payload, state), dtype)
-
     def coded_rows(self, payload: Payload, state: State) -> CodedRows:
         """Codes, factors of the groups, codebooks."""
         codes, scale, channels = payload.tensors["codes"], payload.tensors["scale"], payload.shape[-1]
         books, group = self.books(state).contiguous(), self.group_size(channels)
         return CodedRows("vectors", codes, self.bits, channels, group, scale, books, channels)
-
-    @property
-    def reads_codes(self) -> bool:
-        """Always."""
-        return True
-
-    def scores(self, query: Tensor, payload: Payload, state: State) -> Tensor:
-        """Products with the vectors, a few rows at a time."""
-        return kernels.lookup.scores(query, self.coded_rows(payload, state))
-
-    def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
-        """Sums of the vectors, a few rows at a time."""
-        return kernels.lookup.mix(weights, self.coded_rows(payload, state))
 
     def _vectors(self, x: Tensor, scales: Tensor) -> Tensor:
         """[..., T, D] divided by its scales and cut into [..., T, D/size, size]."""

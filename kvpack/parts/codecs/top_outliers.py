@@ -5,20 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from kvpack import kernels, ops
+from kvpack import ops
 from kvpack.core.errors import KvpackError, RecipeError
 from kvpack.core.lazy import torch
 from kvpack.core.nested import inside, prefixed
 from kvpack.core.roles import Codec
 from kvpack.core.rows import Outliers, TokenRows
 from kvpack.core.types import Payload, Shape, Stat, State, Stats, TensorSpec
+from kvpack.kernels.codecs import RowCodec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class TopOutliers(Codec):
+class TopOutliers(RowCodec):
     """Takes the extreme entries out of every vector and gives the rest to `codec`.
 
     A vector of n entries gives up ceil(keep/2*n) at each end, at least one, and never more:
@@ -145,23 +146,13 @@ class TopOutliers(Codec):
         return self.axis == "channel" and self.codec.in_rows and not isinstance(self.codec, TopOutliers)
 
     def token_rows(self, payload: Payload, state: State) -> TokenRows:
-        """The rows of `codec`, with the outliers."""
+        """The rows of `codec`, with the outliers; decoded where these do not belong to tokens."""
+        if not self.in_rows:
+            return Codec.token_rows(self, payload, state)
         inner = Payload(inside("codec", payload.tensors), payload.shape)
         rows = self.codec.token_rows(inner, inside("codec", state))
         outliers = Outliers(payload.tensors["outliers"], payload.tensors["places"])
         return rows._replace(outliers=outliers)
-
-    def scores(self, query: Tensor, payload: Payload, state: State) -> Tensor:
-        """Products with rows and outliers, a few rows at a time."""
-        if not self.in_rows:
-            return super().scores(query, payload, state)
-        return kernels.rows.scores(query, self.token_rows(payload, state))
-
-    def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
-        """Sums of rows and outliers, a few rows at a time."""
-        if not self.in_rows:
-            return super().mix(weights, payload, state)
-        return kernels.rows.mix(weights, self.token_rows(payload, state))
 
     @property
     def _dim(self) -> int:

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from kvpack import ops
-from kvpack.core.errors import RecipeError
-from kvpack.core.measured import measured
-from kvpack.core.roles import Codec, Solver
+from kvpack.core.measured import gram_matrix
+from kvpack.core.roles import Codec, Solver, row_grids
 from kvpack.core.types import Solution, Stat, Stats
 
 if TYPE_CHECKING:
@@ -42,14 +41,8 @@ class ClipSearch(Solver):
             RecipeError: the codec has no grid, or its groups run along the rows.
             KvpackError: the Gram matrix is missing, has another size, or is not finite.
         """
-        grids = codec.gridded(weight)
-        if grids is None or grids.token_block != 1:
-            raise RecipeError(
-                f"clip_search cannot fit grids of {type(codec).__name__} as configured",
-                hint="use a codec with groups along channels, such as affine, or solver: {kind: rtn}",
-            )
-        channels = weight.shape[1]
-        gram = measured(stats, "gram", "gram", (channels, channels), "clip_search")
+        grids = row_grids(codec, weight, "clip_search")
+        gram = gram_matrix(stats, weight.shape[1], "clip_search")
         tried = ops.clip_search.pairs(self.steps, self.least, independent=self.ends == "alone")
         metric = gram if self.metric == "gram" else gram.diagonal()
         matrix = weight.float()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvpack import kernels, ops
-from kvpack.core.errors import RecipeError
-from kvpack.core.measured import measured
-from kvpack.core.roles import Codec, GridCodec, Solver
+from kvpack.core.measured import gram_matrix, warn_not_definite
+from kvpack.core.roles import Codec, GridCodec, Solver, row_grids
 from kvpack.core.types import Solution, Stat, Stats
 
 if TYPE_CHECKING:
@@ -48,28 +46,17 @@ class Gptq(Solver):
             RecipeError: the codec has no grid, or its groups run along the rows.
             KvpackError: the Gram matrix is missing, has another size, or is not finite.
         """
-        grids = codec.gridded(weight)
-        if grids is None or grids.token_block != 1:
-            raise RecipeError(
-                f"gptq cannot choose codes for {type(codec).__name__} as configured",
-                hint="use a codec with groups along channels, such as affine, or solver: {kind: rtn}",
-            )
-        channels = weight.shape[1]
-        gram = measured(stats, "gram", "gram", (channels, channels), "gptq")
+        grids = row_grids(codec, weight, "gptq")
+        gram = gram_matrix(stats, weight.shape[1], "gptq")
         order = gram.diagonal().argsort(descending=True, stable=True) if self.act_order else None
         upper = ops.gptq.inverse_factor(gram if order is None else gram[order][:, order], self.damp)
         if upper is None:
-            warnings.warn(
-                "gptq: the Gram matrix is not positive definite even with full damping; "
-                "this weight is rounded to nearest. More calibration text may help.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warn_not_definite("gptq", "this weight is rounded to nearest")
             return Solution(codec.encode(weight, {}))
         codes, grid = kernels.gptq.solve(
             weight.float(),
             upper,
-            grids.group_size(channels),
+            grids.group_size(weight.shape[1]),
             grids.grid,
             grids.snap,
             grids.value,

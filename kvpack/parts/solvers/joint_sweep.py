@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from kvpack import ops
 from kvpack.core.errors import RecipeError
-from kvpack.core.measured import measured
+from kvpack.core.measured import gram_matrix, warn_not_definite
 from kvpack.core.roles import Codec, GridCodec, MaskedCodec, Solver
 from kvpack.core.types import Payload, Solution, Stat, Stats
 
@@ -59,15 +58,10 @@ class JointSweep(Solver):
                 hint="use codec: {kind: nm_sparse, codec: ...} with groups along channels, or solver: gptq",
             )
         channels = weight.shape[1]
-        gram = measured(stats, "gram", "gram", (channels, channels), "joint_sweep")
+        gram = gram_matrix(stats, channels, "joint_sweep")
         upper = ops.gptq.inverse_factor(gram, self.damp)
         if upper is None:
-            warnings.warn(
-                "joint_sweep: the Gram matrix is not positive definite even with full damping; "
-                "this weight is pruned by magnitude and rounded to nearest. More text may help.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warn_not_definite("joint_sweep", "this weight is pruned by magnitude and rounded to nearest")
             return Solution(codec.encode(weight, {}))
         matrix = ops.masks.filled(weight.float(), codec.of)
         metric = gram.diagonal() if self.score == "energy" else upper.diagonal().square().reciprocal()

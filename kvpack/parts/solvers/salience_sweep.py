@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from kvpack import ops
 from kvpack.core.errors import RecipeError
 from kvpack.core.lazy import torch
-from kvpack.core.measured import measured
+from kvpack.core.measured import gram_matrix, measured, warn_not_definite
 from kvpack.core.roles import ClassedCodec, Codec, GridCodec, Solver
 from kvpack.core.types import Solution, Stat, State, Stats
 
@@ -60,7 +59,7 @@ class SalienceSweep(Solver):
         """
         channels = weight.shape[1]
         classes = _classes(codec, weight)
-        gram = measured(stats, "gram", "gram", (channels, channels), "salience_sweep")
+        gram = gram_matrix(stats, channels, "salience_sweep")
         upper = ops.gptq.inverse_factor(gram, self.damp)
         state: State = {}
         order = torch.arange(channels, device=weight.device)
@@ -72,12 +71,7 @@ class SalienceSweep(Solver):
             gram = gram[order][:, order]
             upper = ops.gptq.inverse_factor(gram, self.damp) if upper is not None else None
         if upper is None:
-            warnings.warn(
-                "salience_sweep: the Gram matrix is not positive definite even with full damping; "
-                "this weight is rounded to nearest. More calibration text may help.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warn_not_definite("salience_sweep", "this weight is rounded to nearest")
             return Solution(codec.encode(weight, state), state)
         spans = self._spans(classes, gram, upper)
         found = ops.gptq_classes.solve(weight.float()[:, order], upper, spans, block=self.block)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvpack import ops
 from kvpack.core.errors import RecipeError
 from kvpack.core.lazy import torch
-from kvpack.core.measured import measured
+from kvpack.core.measured import gram_matrix, warn_not_definite
 from kvpack.core.roles import Codec, Solver, VectorCodec
 from kvpack.core.types import Solution, Stat, Stats
 
@@ -57,16 +56,11 @@ class VectorSweep(Solver):
                 hint="use codec: {kind: shared_vectors}, or solver: {kind: gptq}",
             )
         weight, channels = weight.float(), weight.shape[1]
-        gram = measured(stats, "gram", "gram", (channels, channels), "vector_sweep").float()
+        gram = gram_matrix(stats, channels, "vector_sweep").float()
         upper = ops.gptq.inverse_factor(gram, self.damp)
         gram = self._damped(gram)
         if upper is None:
-            warnings.warn(
-                "vector_sweep: the Gram matrix is not positive definite even with full damping; "
-                "every vector takes its nearest code. More calibration text may help.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warn_not_definite("vector_sweep", "every vector takes its nearest code")
             upper = torch.eye(channels, device=weight.device)
         scales, per_book = codec.scales(weight), codec.group_size(channels) // codec.size
         own = torch.arange(channels // codec.size, device=weight.device) // per_book

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from kvpack.core.errors import KvpackError
 from kvpack.core.lazy import torch
-from kvpack.core.roles import Transform
+from kvpack.core.roles import RowTransform
 from kvpack.core.rows import Place
 from kvpack.core.types import Shape, Site, Stat, State, Stats, TensorSpec
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ChannelReorder(Transform):
+class ChannelReorder(RowTransform):
     """Permutes all K*D channels of a layer by ascending signed mean over the calibration tokens.
 
     A group of neighbouring channels then spans a narrower range. Channels may move between heads,
@@ -24,8 +24,6 @@ class ChannelReorder(Transform):
     the source channel k*D + d of every output channel; its shape remembers the heads. Source:
     RotateKV, arXiv 2501.16383, algorithm 1.
     """
-
-    in_rows: ClassVar[bool] = True
 
     def requires(self) -> frozenset[Stat]:
         """Sums of every channel of the input."""

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from kvpack.core.errors import KvpackError
 from kvpack.core.lazy import torch
 from kvpack.core.roles import DiagonalTransform
 from kvpack.core.types import Stat, State, Stats
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from kvpack import ops
 from kvpack.core.errors import KvpackError
 from kvpack.core.lazy import torch
-from kvpack.core.roles import Transform
+from kvpack.core.roles import RowTransform
 from kvpack.core.rows import Spread
 from kvpack.core.types import Shape, Site, State
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Hadamard(Transform):
+class Hadamard(RowTransform):
     """Spreads outlier channels evenly: z = H x / sqrt(g*D) over the g*D channels of g heads.
 
     g is the largest divisor of K that does not exceed `heads`. Lengths that are not powers of two
@@ -27,7 +27,6 @@ class Hadamard(Transform):
     """
 
     orthonormal: ClassVar[bool] = True
-    in_rows: ClassVar[bool] = True
 
     heads: int = field(default=1, metadata={"minimum": 1})
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from kvpack.core.errors import KvpackError
 from kvpack.core.lazy import torch
-from kvpack.core.roles import Transform
+from kvpack.core.roles import RowTransform
 from kvpack.core.rows import Step
 from kvpack.core.types import Shape, Site, State
 
@@ -16,13 +16,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class MergeHeads(Transform):
+class MergeHeads(RowTransform):
     """Turns K heads of D channels into one of K*D, so that a token is one vector for the codec.
 
     There is no dual: a query head reads the channels of its own kv head only.
     """
-
-    in_rows: ClassVar[bool] = True
 
     def shape(self, shape: Shape) -> Shape:
         """[B, K, T, D] -> [B, 1, T, K*D]."""

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from kvpack import ops
 from kvpack.core.errors import KvpackError
 from kvpack.core.roles import DiagonalTransform
 from kvpack.core.types import Stat, State, Stats
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

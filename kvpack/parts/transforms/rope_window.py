@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from kvpack.core.lazy import torch
-from kvpack.core.roles import Transform
+from kvpack.core.roles import UnropedTransform
 from kvpack.core.types import Site, State
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RopeWindow(Transform):
+class RopeWindow(UnropedTransform):
     """Keys before RoPE, and queries that see every key at the same distance `position`.
 
     With R_m the rotation to position m, a true score is ``(R_n q).(R_m k)``, which depends on n - m.
@@ -27,24 +27,9 @@ class RopeWindow(Transform):
 
     position: int = field(default=2048, metadata={"minimum": 0})
 
-    linear: ClassVar[bool] = False
-    needs_rope: ClassVar[bool] = True
-
-    def forward(self, x: Tensor, state: State, at: Site) -> Tensor:
-        """Rotate keys [B, K, T, D] back to position 0."""
-        rope, positions = at.rotary("rope_window")
-        return rope.undo(x, positions)
-
-    def inverse(self, z: Tensor, state: State, at: Site) -> Tensor:
-        """Rotate `z` to its positions again."""
-        rope, positions = at.rotary("rope_window")
-        return rope.apply(z.float(), positions)
-
-    def gradient(self, g: Tensor, state: State, at: Site) -> Tensor:
-        """Gradients rotate as keys do, but for the length of the rotation, which is one."""
-        return self.forward(g, state, at)
+    kind: ClassVar[str] = "rope_window"
 
     def query(self, q: Tensor, state: State, at: Site) -> Tensor:
         """Rotate queries [B, K, T, D] from their own positions to `position`."""
-        rope, positions = at.rotary("rope_window")
+        rope, positions = at.rotary(self.kind)
         return rope.apply(rope.undo(q, positions), torch.full_like(positions, self.position))

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from kvpack import kernels
-from kvpack.core.roles import Transform
+from kvpack.core.roles import RowTransform, UnropedTransform
 from kvpack.core.rows import Turn
 from kvpack.core.types import Site, State
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 @dataclass(frozen=True)
-class Unrope(Transform):
+class Unrope(UnropedTransform, RowTransform):
     """Keys as they were before RoPE, where a channel keeps its meaning from token to token.
 
     RoPE mixes pairs of channels by an angle that depends on the position, which blurs channels
@@ -23,25 +20,9 @@ class Unrope(Transform):
     arXiv 2401.18079, section 3.2; RotateKV, arXiv 2501.16383, section 3.1.
     """
 
-    linear: ClassVar[bool] = False
-    needs_rope: ClassVar[bool] = True
-    in_rows: ClassVar[bool] = True
-
-    def forward(self, x: Tensor, state: State, at: Site) -> Tensor:
-        """Rotate `x` [B, K, T, D] back to position 0."""
-        rope, positions = at.rotary("unrope")
-        return rope.undo(x, positions)
-
-    def inverse(self, z: Tensor, state: State, at: Site) -> Tensor:
-        """Rotate `z` to its positions again."""
-        rope, positions = at.rotary("unrope")
-        return rope.apply(z.float(), positions)
+    kind: ClassVar[str] = "unrope"
 
     def row_steps(self, state: State, at: Site, channels: int) -> tuple[Turn]:
         """The turn of every head."""
-        rope, positions = at.rotary("unrope")
+        rope, positions = at.rotary(self.kind)
         return (kernels.rows.turn(rope, positions, channels),)
-
-    def gradient(self, g: Tensor, state: State, at: Site) -> Tensor:
-        """Gradients rotate as keys do, but for the length of the rotation, which is one."""
-        return self.forward(g, state, at)

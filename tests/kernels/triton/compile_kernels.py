@@ -67,13 +67,7 @@ def attention(bits: int, by_token: bool, dot: tl.dtype, zero: int) -> None:
     )
 
 
-def main() -> None:
-    for bits, by_token, dot, zero in (
-        (2, True, tl.float16, 1),
-        (3, False, tl.float16, 2),
-        (4, True, tl.float32, 0),
-    ):
-        attention(bits, by_token, dot, zero)
+def join() -> None:
     check(
         affine_attention._join,
         {"DP": 128, "SP": 64, "BLOCK": 16},
@@ -84,46 +78,45 @@ def main() -> None:
         maximum="*fp32",
         total="*fp32",
     )
-    for bits, unit, size, few, grouped in (
-        (4, 2, 1, True, True),
-        (3, 8, 3, False, False),
-        (8, 1, 1, False, True),
-    ):
-        constants = {
-            "C": 4000,
-            "BITS": bits,
-            "UNIT": unit,
-            "UNIT_BYTES": size,
-            "ZERO": 1,
-            "SIZE": 128,
-            "BY_ROW": False,
-            "GROUPED": grouped,
-            "FEW": few,
-            "BR": 64,
-            "BN": 16,
-            "BU": max(16, 128 // unit),
-            "DOT": tl.bfloat16,
-            "STAGES": 3,
-        }
-        check(
-            affine_matmul._multiply,
-            constants,
-            x="*bf16",
-            codes="*u8",
-            scale="*fp16",
-            zero="*fp16",
-            out="*bf16",
-        )
-    for grouped in (True, False):
-        check(
-            int8_matmul._multiply,
-            {"C": 4000, "SIZE": 128, "GROUPED": grouped, "BR": 64, "BN": 16, "BC": 128, "STAGES": 3},
-            x="*i8",
-            x_scale="*fp32",
-            codes="*u8",
-            scale="*fp16",
-            out="*bf16",
-        )
+
+
+def affine_linear(bits: int, unit: int, size: int, few: bool, grouped: bool) -> None:
+    constants = {
+        "C": 4000,
+        "BITS": bits,
+        "UNIT": unit,
+        "UNIT_BYTES": size,
+        "ZERO": 1,
+        "SIZE": 128,
+        "BY_ROW": False,
+        "GROUPED": grouped,
+        "FEW": few,
+        "BR": 64,
+        "BN": 16,
+        "BU": max(16, 128 // unit),
+        "DOT": tl.bfloat16,
+        "STAGES": 3,
+    }
+    check(
+        affine_matmul._multiply, constants, x="*bf16", codes="*u8", scale="*fp16", zero="*fp16", out="*bf16"
+    )
+
+
+def int8_linear(grouped: bool) -> None:
+    constants = {"C": 4000, "SIZE": 128, "GROUPED": grouped, "BR": 64, "BN": 16, "BC": 128, "STAGES": 3}
+    check(int8_matmul._multiply, constants, x="*i8", x_scale="*fp32", codes="*u8", scale="*fp16", out="*bf16")
+
+
+def main() -> None:
+    attention(2, True, tl.float16, 1)
+    attention(3, False, tl.float16, 2)
+    attention(4, True, tl.float32, 0)
+    join()
+    affine_linear(4, 2, 1, few=True, grouped=True)
+    affine_linear(3, 8, 3, few=False, grouped=False)
+    affine_linear(8, 1, 1, few=False, grouped=True)
+    int8_linear(grouped=True)
+    int8_linear(grouped=False)
     check(linear_tiles._sum_parts, {"SPLITS": 4, "BLOCK": 256}, parts="*fp32", out="*bf16")
 
 

@@ -1,4 +1,4 @@
-"""Roles that answer how numbers become fewer bytes: transforms and codecs."""
+"""The role of codecs, numbers as fewer bytes, and the codecs that let a solver choose their codes."""
 
 from __future__ import annotations
 
@@ -6,149 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from kvpack.core.errors import RecipeError
+from kvpack.core.lazy import torch
 from kvpack.core.roles.part import Part
-from kvpack.core.rows import Step, TokenRows
-from kvpack.core.types import CodedRows, EvenGrid, Payload, Shape, Site, State, TensorSpec
+from kvpack.core.rows import TokenRows
+from kvpack.core.types import CodedRows, EvenGrid, Payload, Shape, State, TensorSpec
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
-
-
-class Transform(Part, ABC):
-    """A change of basis in which the channels are easier to compress.
-
-    Laws, held by the contract tests: ``inverse(forward(x)) == x``, and where `dual` is not None
-    ``<dual(q), forward(k)> == <q, k>`` per head. Inputs are [B, K, T, D]; the output may merge
-    heads into wider ones ([B, K/g, T, g*D]) but keeps B and T.
-    """
-
-    linear: ClassVar[bool] = True
-    """Linear in `x` and independent of the token, so that it can be folded into projections."""
-
-    commutes_with_rope: ClassVar[bool] = False
-    """``forward`` and `dual` may run before RoPE as well as after it, so that keys can be folded too."""
-
-    needs_rope: ClassVar[bool] = False
-    """Whether `forward` reads `Site.rope` and `Site.positions`."""
-
-    diagonal: ClassVar[bool] = False
-    """``forward`` multiplies every channel by a factor of its own."""
-
-    permutes: ClassVar[bool] = False
-    """``forward`` only puts channels in another order."""
-
-    orthonormal: ClassVar[bool] = False
-    """``forward`` multiplies by an orthonormal matrix, at least within one head."""
-
-    fits_prompt: ClassVar[bool] = False
-    """Whether a cache makes this transform's state from its first tokens, see `fit_prompt`."""
-
-    def fit_prompt(self, x: Tensor, queries: Tensor, valid: Tensor | None, rows: Tensor | None) -> State:
-        """State of one cache, from the tokens it is given first; it is frozen from then on.
-
-        Args:
-            x: what `forward` will be given [B, K, T, D].
-            queries: the queries of the same tokens in the same basis [B, K, G*T, D], one kv head's
-                query heads one after another.
-            valid: tokens of `x` that are not padding [B, T]; None when all are.
-            rows: the same for `queries` [B, G*T].
-
-        Returns:
-            Tensors with the batch axis first. Until there are any, `forward` must change nothing.
-        """
-        return {}
-
-    def prompt_spec(self, shape: Shape) -> dict[str, TensorSpec]:
-        """Shapes of what `fit_prompt` returns for an `x` of `shape`; empty by default."""
-        return {}
-
-    def shape(self, shape: Shape) -> Shape:
-        """Shape of `forward`'s output for an input of `shape`; unchanged by default."""
-        return shape
-
-    def for_codec(self, codec: Codec | None) -> Transform:
-        """This transform, knowing which codec the weights in its basis will get; itself by default.
-
-        None where none of them is packed.
-        """
-        return self
-
-    in_rows: ClassVar[bool] = False
-    """``inverse`` works on every token alone, with its heads side by side, by the steps of `row_steps`."""
-
-    def row_steps(self, state: State, at: Site, channels: int) -> tuple[Step, ...]:
-        """What `inverse` does to a row, for an input of `forward` with heads of `channels` channels."""
-        raise NotImplementedError(f"{type(self).__name__} does not work in rows")
-
-    @abstractmethod
-    def forward(self, x: Tensor, state: State, at: Site) -> Tensor:
-        """Into the compressible basis. Computes in float32."""
-
-    @abstractmethod
-    def inverse(self, z: Tensor, state: State, at: Site) -> Tensor:
-        """Back to the model's basis. Computes in float32; the input's head layout is restored."""
-
-    def dual(self, q: Tensor, state: State, at: Site) -> Tensor | None:
-        """The query-side partner of `forward`, or None when there is none."""
-        return None
-
-    def gradient(self, g: Tensor, state: State, at: Site) -> Tensor:
-        """Gradients with respect to `forward`'s input [B, K, T, D] -> with respect to its output.
-
-        The chain rule makes this the transposed inverse, which is what `dual` is.
-
-        Raises:
-            RecipeError: the transform cannot map gradients.
-        """
-        partner = self.dual(g, state, at)
-        if partner is None:
-            raise RecipeError(
-                f"transform {type(self).__name__} cannot map gradients",
-                why="a part after it wants the gradients in its basis",
-            )
-        return partner
-
-    def query(self, q: Tensor, state: State, at: Site) -> Tensor:
-        """Queries [B, K, T, D] in this basis, for scores that may be approximate: `dual` by default.
-
-        Raises:
-            RecipeError: the transform has no query side.
-        """
-        partner = self.dual(q, state, at)
-        if partner is None:
-            raise RecipeError(
-                f"transform {type(self).__name__} has no query side",
-                why="a part after it wants to know the queries in its basis",
-            )
-        return partner
-
-
-class DiagonalTransform(Transform):
-    """z = x / s with a factor s per channel; what reads x is multiplied by s.
-
-    A subclass says how s is found (`fit`). State: "factor" float32 [K, D].
-    """
-
-    diagonal: ClassVar[bool] = True
-
-    def state_spec(self, shape: Shape) -> dict[str, TensorSpec]:
-        """One factor per channel."""
-        return {"factor": TensorSpec((shape[-3], shape[-1]), "float32")}
-
-    def forward(self, x: Tensor, state: State, at: Site) -> Tensor:
-        """Divide."""
-        return x.float() / state["factor"].unsqueeze(-2)
-
-    def inverse(self, z: Tensor, state: State, at: Site) -> Tensor:
-        """Multiply."""
-        return z.float() * state["factor"].unsqueeze(-2)
-
-    def dual(self, q: Tensor, state: State, at: Site) -> Tensor:
-        """Multiply; `q` may have several heads per kv head."""
-        repeat = q.shape[1] // state["factor"].shape[0]
-        return q.float() * state["factor"].repeat_interleave(repeat, 0).unsqueeze(-2)
 
 
 class Codec(Part, ABC):
@@ -240,12 +104,12 @@ class Codec(Part, ABC):
 
     @property
     def in_rows(self) -> bool:
-        """Whether compiled loops can decode the tokens one after another, from `token_rows`."""
+        """Whether `token_rows` are what is stored, so that compiled loops decode one token after another."""
         return False
 
     def token_rows(self, payload: Payload, state: State) -> TokenRows:
-        """The payload as compiled loops read it; see `in_rows`."""
-        raise NotImplementedError(f"{type(self).__name__} does not work in rows")
+        """The tokens as compiled loops read them: by default decoded, all at once."""
+        return TokenRows(self.decode(payload, state, torch.float32))
 
     def coded_rows(self, payload: Payload, state: State) -> CodedRows | None:
         """The payload as `kvpack.kernels.lookup` reads it; None where its codes are not looked up."""
@@ -347,3 +211,34 @@ class ClassedCodec(Codec):
     @abstractmethod
     def join(self, payloads: Sequence[Payload]) -> Payload:
         """The payload of all channels, from those of the classes."""
+
+
+class VectorCodec(Codec):
+    """``x ~ scale * c[code]``: vectors of `size` channels, each coded as a place in a codebook.
+
+    Codebooks hold 2^`bits` vectors. Groups of channels have a codebook each, and every token (or
+    weight row) one scale per group. A solver makes the codebooks and chooses the codes.
+    """
+
+    size: int
+    bits: int
+
+    @abstractmethod
+    def group_size(self, channels: int) -> int:
+        """Channels that share a codebook, for a last axis of `channels`: a multiple of `size`."""
+
+    @abstractmethod
+    def scales(self, x: Tensor) -> Tensor:
+        """One positive scale, or 0 for nothing but zeros, per group of `x` [..., T, D]: [..., T, B]."""
+
+    @abstractmethod
+    def store(self, books: Tensor) -> State:
+        """The state that holds the codebooks [B, 2^bits, size], rounded as they are stored."""
+
+    @abstractmethod
+    def books(self, state: State) -> Tensor:
+        """The codebooks that a state holds, float32."""
+
+    @abstractmethod
+    def assemble(self, codes: Tensor, scales: Tensor) -> Payload:
+        """Pack codes [..., T, D/size] beside the scales."""
