@@ -204,9 +204,8 @@ def _blocks(stretches: Iterable[tuple[int, int]], most: int) -> Iterator[tuple[i
     """The same slots in blocks of up to `most`; stretches that touch are one."""
     joined: list[tuple[int, int]] = []
     for start, stop in stretches:
-        if joined and joined[-1][1] == start:
-            start = joined.pop()[0]
-        joined.append((start, stop))
+        touches = joined and joined[-1][1] == start
+        joined.append((joined.pop()[0] if touches else start, stop))
     for start, stop in joined:
         for begin in range(start, stop, most):
             yield begin, min(stop, begin + most)

@@ -152,7 +152,8 @@ def whole(found: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
     """Unnormalised attention, normalised; its maxima and sums agree with each other."""
     assert found is not None
     values, maxima, total = found
-    assert bool(torch.isfinite(maxima).all()) and bool((total > 0.99).all())
+    assert bool(torch.isfinite(maxima).all())
+    assert bool((total > 0.99).all())
     return values / total.unsqueeze(-1)
 
 
@@ -187,7 +188,9 @@ def test_attention_with_a_mask_that_may_hide_everything() -> None:
     hidden = affine.attention(query, k, v, 0, 96, mask, None)
     assert hidden is not None
     values, maxima, total = hidden
-    assert bool((maxima[1] == -torch.inf).all()) and not bool(total[1].any()) and not bool(values[1].any())
+    assert bool((maxima[1] == -torch.inf).all())
+    assert not bool(total[1].any())
+    assert not bool(values[1].any())
     torch.testing.assert_close((values / total.unsqueeze(-1))[0], found[0])
 
 

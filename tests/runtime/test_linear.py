@@ -121,7 +121,8 @@ def test_a_copy_multiplies_with_its_own_codes_and_replaced_codes_are_seen() -> N
     before = layer(x)
     other = wide.encode(torch.randn(shape, generator=generator), {})
     expected = x @ wide.decode(other, {}, torch.float32).T
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+    saved = pickle.loads(pickle.dumps(layer))  # noqa: S301 - what was saved a moment ago
+    for twin in (copy.deepcopy(layer), saved):
         torch.testing.assert_close(twin(x), before)
         twin.load_state_dict(dict(other.tensors))
         torch.testing.assert_close(twin(x), expected, rtol=1e-4, atol=1e-4)

@@ -154,7 +154,7 @@ def multiplier(x: AffineCodes) -> Callable[[Tensor], Tensor]:
 
 
 def _integer_products(x: AffineCodes, rows: _Rows) -> Callable[[Tensor, torch.dtype], Tensor]:
-    """`scores` of one outer index by `integer_rows`, in any dtype: what does not depend on the query is done."""
+    """`scores` of one outer index by `integer_rows`, for queries and products of any dtype."""
     tokens, zero, entry = x.tokens, _zero(x), integer_rows.entry()
     items = -(-tokens // rows.per_item)
     fixed = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -12,6 +13,7 @@ from kvpack.kernels.cpu import jit, vectors
 from kvpack.kernels.cpu.affine_rows import CENTRED, CENTRED_INTEGER, OFFSET
 from kvpack.kernels.cpu.codes import LANES, constant, load
 from kvpack.kernels.cpu.jit import ADDRESS, F32, I8, I16, I32, I64
+from kvpack.kernels.cpu.stored_floats import SIZES, widened
 
 GROUPS = 8
 """Groups of a row that are taken at a time; scratch is padded to a multiple of it."""
@@ -42,31 +44,12 @@ def _switch(builder: Any, chosen: Any, cases: dict[int, Any], kind: Any) -> Any:
 def _eight(builder: Any, address: Any, first: Any, kind: Any) -> Any:
     """Eight stored numbers, the first of which is number `first` at an address, as float32."""
 
-    def read(size: int, scalar: Any) -> Any:
-        place = builder.add(address, builder.mul(first, I64(size)))
-        return load(builder, place, ir.VectorType(scalar, GROUPS))
+    def read(stored: int) -> Any:
+        place = builder.add(address, builder.mul(first, I64(SIZES[stored])))
+        return widened(builder, stored, place, GROUPS)
 
-    def bfloat() -> Any:
-        wide = ir.VectorType(I32, GROUPS)
-        return builder.bitcast(
-            builder.shl(builder.zext(read(2, I16), wide), constant(wide, [16] * GROUPS)), EIGHT
-        )
-
-    def float8() -> Any:
-        words, result = read(1, I8), constant(EIGHT, [0.0] * GROUPS)
-        for lane in range(GROUPS):
-            number = jit.from_float8(builder, builder.extract_element(words, I32(lane)))
-            result = builder.insert_element(result, number, I32(lane))
-        return result
-
-    cases = {
-        jit.FLOAT16: lambda: builder.fpext(read(2, jit.F16), EIGHT),
-        jit.BFLOAT16: bfloat,
-        jit.FLOAT32: lambda: read(4, F32),
-        jit.FLOAT8: float8,
-        jit.INT8: lambda: builder.sitofp(builder.sext(read(1, I8), ir.VectorType(I32, GROUPS)), EIGHT),
-    }
-    return _switch(builder, kind, cases, EIGHT)
+    kinds = (jit.FLOAT16, jit.BFLOAT16, jit.FLOAT32, jit.FLOAT8)
+    return _switch(builder, kind, {stored: partial(read, stored) for stored in kinds}, EIGHT)
 
 
 @intrinsic
@@ -139,8 +122,9 @@ def _low(builder: Any, steps: Any, zero: Any, first: Any, zero_kind: Any, zeros:
     middle = vectors.splat(builder, half, EIGHT)
 
     def integer() -> Any:
-        numbers = builder.fadd(_eight(builder, zero, first, I64(jit.INT8)), middle)
-        return builder.fneg(builder.fmul(steps, numbers))
+        stored = load(builder, builder.add(zero, first), ir.VectorType(I8, GROUPS))
+        numbers = builder.sitofp(builder.sext(stored, ir.VectorType(I32, GROUPS)), EIGHT)
+        return builder.fneg(builder.fmul(steps, builder.fadd(numbers, middle)))
 
     cases = {
         CENTRED: lambda: builder.fneg(builder.fmul(steps, middle)),

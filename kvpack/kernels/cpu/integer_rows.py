@@ -17,10 +17,10 @@ Numbers of a frame beside the pool's five (addresses; strides in bytes):
      5 R, 6 C, 7 vectors, 8 rows per item, 9 codes, 10 stride of a row, 11 scale, 12 stride, 13 zero,
     14 stride, 15 channels per group, 16 channels per chunk, 17 width of a code, 18 how steps are
     stored, 19 how zeros are, 20 codes in a word (1 where they are taken in order), 21 the vectors
-    [n, C], 22 integers per number (1 or 2; with 2 the output is float32), 23 output [n, R], 24 `integer_vectors.key`,
-    25 chunks, 26 groups, 27 groups that scratch has room for, 28 chunks per group, 29 bytes of a row's
-    steps, 30 of its zeros, 31 how zeros that are no integers are stored, 32 how the vectors are, 33 how
-    the output is
+    [n, C], 22 integers per number (1 or 2; with 2 the output is float32), 23 output [n, R],
+    24 `integer_vectors.key`, 25 chunks, 26 groups, 27 groups that scratch has room for, 28 chunks per
+    group, 29 bytes of a row's steps, 30 of its zeros, 31 how zeros that are no integers are stored,
+    32 how the vectors are, 33 how the output is
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _multiply(f: Any, r: Any, pair: Any, begin: Any, together: Any, x: Any, room
     """Products of row `r`, and the next where `pair` is 2, with weighed vectors, to the output."""
     rows, per, chunks = at(f, 5), at(f, 22), at(f, 25)
     starts, codes, apart = room + 4 * _PRODUCTS, at(f, 9) + r * at(f, 10), (pair - 1) * at(f, 10)
-    weights, key = starts + 4 * _PRODUCTS * _SUMS, at(f, 24) + together
+    weights, key = starts + 4 * _PRODUCTS * _SUMS, integer_vectors.version(at(f, 24), together)
     integer_vectors.rows(
         codes, apart, x, at(f, 6), weights, starts, chunks + GROUPS, chunks, at(f, 16), room, key
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 from llvmlite import ir
@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 
 from kvpack.kernels.cpu import vectors
 from kvpack.kernels.cpu.codes import LANES, WORDS, constant, field_span, load, unpack_fields
-from kvpack.kernels.cpu.jit import ADDRESS, F32, I32, I64
+from kvpack.kernels.cpu.jit import ADDRESS, F32, I32, I64, device
 
 SUMS = LANES // 2
 """Partial sums of a product: two neighbours are added as they are multiplied."""
@@ -20,7 +20,8 @@ HALVES = ir.VectorType(F32, SUMS)
 TOGETHER = {1: 2, 2: 2, 4: 1}
 """How many integer vectors are multiplied at a time, and with how many rows; registers set the bounds."""
 UNROLLED = (128, 64, 32)
-"""Channels per chunk for which one vector has code without inner loops. Other chunks and more vectors loop."""
+"""Channels per chunk for which one vector has code without inner loops; others, and more vectors, loop."""
+_UNROLLED_STEP = 8
 
 
 def _pair_products(builder: Any, a: Any, b: Any) -> Any:
@@ -36,29 +37,24 @@ def _pair_products(builder: Any, a: Any, b: Any) -> Any:
 
 
 def key(bits: int, fields: int, chunk: int) -> int:
-    """Which version of `rows` multiplies one vector; add the number of vectors to it."""
+    """Which version of `rows` multiplies one vector; see `version`."""
     unrolled = UNROLLED.index(chunk) + 1 if chunk in UNROLLED else 0
-    return bits * 64 + (fields > 1) * 32 + unrolled * 8
+    return bits * 64 + (fields > 1) * 32 + unrolled * _UNROLLED_STEP
 
 
-def _each_version(builder: Any, chosen: Any, emit: Callable[..., None]) -> None:
-    """A branch for every width, with and without whole words, number of vectors, and chunk."""
-    done = builder.append_basic_block("multiplied")
-    switch = builder.switch(chosen, done)
+@device
+def version(key: Any, count: Any) -> Any:
+    """The version for `count` vectors, of which only one has code without inner loops."""
+    return key + 1 if count == 1 else (key & ~(3 * _UNROLLED_STEP)) + count
+
+
+def _versions() -> Iterator[int]:
+    """All versions: every width, with and without whole words, number of vectors, and chunk."""
     for bits in vectors.WIDTHS:
-        for fields in (False, True) if bits in (2, 4, 8) else (False,):
-            for count in TOGETHER:
-                for unrolled in range(len(UNROLLED) + 1 if count == 1 else 1):
-                    chunk = UNROLLED[unrolled - 1] if unrolled else 0
-                    if fields and chunk and field_span(bits, chunk) == LANES:
-                        continue
-                    block = builder.append_basic_block(f"bits{bits}x{count}")
-                    for case in range(len(UNROLLED) + 1) if count > 1 else [unrolled]:
-                        switch.add_case(I64(bits * 64 + fields * 32 + case * 8 + count), block)
-                    builder.position_at_end(block)
-                    emit(bits, fields, count, chunk)
-                    builder.branch(done)
-    builder.position_at_end(done)
+        for fields in (1, 16 // bits) if bits in (2, 4, 8) else (1,):
+            for chunk in (0, *UNROLLED):
+                if fields == 1 or not chunk or field_span(bits, chunk) > LANES:
+                    yield from (key(bits, fields, chunk) + n for n in ((1,) if chunk else TOGETHER))
 
 
 class _Version:
@@ -142,15 +138,17 @@ def rows(
     """Products of b rows of codes, `row_bytes` apart, with n integer vectors, `stride` numbers apart.
 
     Writes ``starts + sum over chunks of weights * (codes * x)`` to `out` [b, n]. `weights` are
-    [b, n, chunks], each `line` numbers long, `starts` [b, n, 8] to be summed up. b belongs to n (`TOGETHER`); `key` selects the
-    version: the function of this name, plus n.
+    [b, n, chunks], each `line` numbers long, `starts` [b, n, 8] to be summed up. b belongs to n
+    (`TOGETHER`); `key` is a `version`.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        def emit(bits: int, fields: bool, count: int, size: int) -> None:
-            _Version(builder, arguments, bits, fields, count, size).emit()
+        def emit(case: int) -> None:
+            bits, fields, unrolled, count = case // 64, bool(case & 32), case // _UNROLLED_STEP % 4, case % 8
+            chunk = UNROLLED[unrolled - 1] if unrolled else 0
+            _Version(builder, arguments, bits, fields, count, chunk).emit()
 
-        _each_version(builder, arguments[-1], emit)
+        vectors.switch(builder, arguments[-1], _versions(), emit)
         return context.get_dummy_value()
 
     return types.void(*[ADDRESS] * 11), generate

@@ -138,7 +138,7 @@ def _rounded(builder: Any, number: Any) -> Any:
 write_bfloat = _writer(I16, types.float32, _rounded)
 
 
-def from_float8(builder: Any, word: Any) -> Any:
+def _from_float8(builder: Any, word: Any) -> Any:
     """The number whose float8_e4m3fn bits are `word`."""
     wide = builder.zext(word, I32)
     low = builder.and_(wide, I32(0x7F))
@@ -149,7 +149,7 @@ def from_float8(builder: Any, word: Any) -> Any:
     return builder.bitcast(builder.or_(builder.bitcast(size, I32), sign), F32)
 
 
-read_float8 = _reader(I8, types.float32, from_float8)
+read_float8 = _reader(I8, types.float32, _from_float8)
 
 
 @intrinsic
