@@ -36,13 +36,18 @@ def prepare_input(x: Tensor, transforms: Sequence[Transform], inputs: Codec | No
     """
     if not transforms and inputs is None:
         return x
-    rows = x.reshape(1, 1, -1, x.shape[-1])
-    for transform in transforms:
-        rows = transform.forward(rows, transform.fit({}), NOWHERE)
-    rows = rows.to(x.dtype)
+    rows = in_basis(x, transforms)
     if inputs is not None:
         rows = inputs.decode(inputs.encode(rows, {}), {}, x.dtype)
     return rows.reshape(x.shape)
+
+
+def in_basis(x: Tensor, transforms: Sequence[Transform]) -> Tensor:
+    """A layer's input [..., C] in the basis of its weight, as tokens [1, 1, N, C]."""
+    rows = x.reshape(1, 1, -1, x.shape[-1])
+    for transform in transforms:
+        rows = transform.forward(rows, transform.fit({}), NOWHERE)
+    return rows.to(x.dtype)
 
 
 def solution(codec: Codec, tensors: Mapping[str, Tensor], shape: Shape) -> Solution:

@@ -35,6 +35,24 @@ def multiplier(x: AffineCodes) -> Callable[[Tensor], Tensor]:
     return lambda query: scores(query, x).to(query.dtype)
 
 
+def integer_products(x: AffineCodes, weight: AffineCodes) -> Tensor | None:
+    """Products x W^T of coded rows [..., N, C] with a coded weight [R, C], summed as integers.
+
+    float32 [N, R]; None where no kernel does that: it takes symmetric 8-bit codes, the rows with one
+    step each.
+    """
+    plain = x.bits == 8 and x.zero is None and x.axis == "channel" and x.scale.shape[-1] == 1
+    if not plain or not choice.on_gpu(x.codes, x.scale, weight.codes, weight.scale, weight.zero):
+        return None
+    from kvpack.kernels.triton import int8_matmul
+
+    if not int8_matmul.fits(weight):
+        return None
+    # A code is its number plus 128.
+    numbers = x.codes.reshape(-1, x.channels).bitwise_xor(128).view(torch.int8)
+    return int8_matmul.int8_matmul(numbers, x.scale.reshape(-1), weight, torch.float32)
+
+
 def mix(weights: Tensor, x: AffineCodes) -> Tensor:
     """See `kvpack.ops.packed_affine.mix`."""
     if _cpu(weights, x):

@@ -16,6 +16,7 @@ from kvpack.core.errors import UsageError
 from kvpack.core.packed_bytes import PackedBytes, unpack
 from kvpack.core.roles import Codec, Transform
 from kvpack.core.types import Payload, State, TensorSpec
+from kvpack.kernels import choice
 from kvpack.runtime import linear_paths
 
 PIECE_NUMBERS = 1 << 22
@@ -202,15 +203,25 @@ class PackedLinear(PackedTensors):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to `x` [..., C]: on the codes for few rows, else through decoded weights."""
-        x = weight_code.prepare_input(x, self.packed.online, self.packed.inputs)
-        if x.requires_grad:
-            return functional.linear(x, self.dense(x.dtype), self.bias)
-        rows = x.reshape(-1, self.in_features)
-        few = linear_paths.on_codes(self, rows)
-        found = self.products_of_codes(rows) if few else self.products_of_decoded(rows)
+        found = None if self.packed.inputs is None else self._products_of_both_codes(x, self.packed.inputs)
+        if found is None:
+            x = weight_code.prepare_input(x, self.packed.online, self.packed.inputs)
+            if x.requires_grad:
+                return functional.linear(x, self.dense(x.dtype), self.bias)
+            rows = x.reshape(-1, self.in_features)
+            few = linear_paths.on_codes(self, rows)
+            found = self.products_of_codes(rows) if few else self.products_of_decoded(rows)
         if self.bias is not None:
             found += self.bias
         return found.reshape(*x.shape[:-1], self.out_features)
+
+    def _products_of_both_codes(self, x: Tensor, inputs: Codec) -> Tensor | None:
+        """Products [N, R] of coded inputs with the codes of the weight; None where no kernel makes them."""
+        if x.requires_grad or not choice.on_gpu(x):
+            return None
+        coded = inputs.encode(weight_code.in_basis(x, self.packed.online), {})
+        found = self.packed.codec.products_of_codes(inputs, coded, *self._coded())
+        return None if found is None else found.to(x.dtype)
 
     def extra_repr(self) -> str:
         """Shape and stored bits per weight."""

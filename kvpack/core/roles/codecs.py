@@ -69,6 +69,13 @@ class Codec(Part, ABC):
         """
         return lambda x: self.scores(x, payload, state).to(x.dtype)
 
+    def products_of_codes(self, codec: Codec, x: Payload, payload: Payload, state: State) -> Tensor | None:
+        """Products x W^T [N, R] of this payload [R, C] with rows [1, 1, N, C] that another codec has coded.
+
+        float32, from both codes at once; None, the default, where no kernel does that.
+        """
+        return None
+
     def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
         """Sums of the encoded tokens [..., T, D] with weights [..., M, T]: float32 [..., M, D].
 

@@ -161,6 +161,12 @@ class Affine(GridCodec):
         """Products with the codes, with everything but the rows prepared."""
         return kernels.affine.multiplier(self._packed(payload))
 
+    def products_of_codes(self, codec: Codec, x: Payload, payload: Payload, state: State) -> Tensor | None:
+        """On a GPU, where both are 8-bit integers."""
+        if not isinstance(codec, Affine):
+            return None
+        return kernels.affine.integer_products(codec._packed(x), self._packed(payload))
+
     def mix(self, weights: Tensor, payload: Payload, state: State) -> Tensor:
         """Sums of the codes, a few rows at a time."""
         return kernels.affine.mix(weights, self._packed(payload))
