@@ -155,7 +155,7 @@ def notes(layers: Sequence[KVLayerPlan]) -> Iterator[str]:
     for plane, codecs in sorted(planes, key=str):
         for finer, coarser in pairwise(codecs):
             by_age = layers[0].policy.scorer is None
-            if by_age and finer != coarser and not finer.nests(coarser):
+            if by_age and finer != coarser and finer.lowering(coarser) is None:
                 yield (
                     f"{plane} codes are decoded and encoded again when they step down from "
                     f"{getattr(finer, 'bits', 0)} to {getattr(coarser, 'bits', 0)} bits: "

@@ -75,11 +75,13 @@ class Tier:
 
     def _encode(self, x: Tensor, valid: Tensor | None, younger: Sequence[Tier]) -> Payload:
         ladder = [*younger, self]
-        if not all(a.codec.nests(b.codec) for a, b in pairwise(ladder)):
+        steps = [a.codec.lowering(b.codec) for a, b in pairwise(ladder)]
+        known = [step for step in steps if step is not None]
+        if len(known) < len(steps):
             return self.codec.encode(x, self.state, valid)
         payload = ladder[0].codec.encode(x, ladder[0].state, valid)
-        for a, b in pairwise(ladder):
-            payload = a.codec.lower(payload, b.codec)
+        for lowered in known:
+            payload = lowered(payload)
         return payload
 
     def take_over(self, source: Tier, tokens: int) -> bool:
@@ -87,7 +89,8 @@ class Tier:
 
         Whole blocks can be lowered, by codecs that nest this one.
         """
-        if not source.codec.nests(self.codec) or self.codec.segment or source.codec.segment:
+        lowered = source.codec.lowering(self.codec)
+        if lowered is None or self.codec.segment or source.codec.segment:
             return False
         pieces = [piece for piece in source.store.pieces(0, tokens) if piece.tokens]
         first = pieces[0]
@@ -95,7 +98,7 @@ class Tier:
         if not whole or tokens % math.lcm(self.block, source.block):
             return False
         payload = Payload(first.tensors, (*self._shape[:2], first.tokens, self._shape[3])).rows(0, tokens)
-        self.store.append(source.codec.lower(payload, self.codec).tensors, tokens)
+        self.store.append(lowered(payload).tensors, tokens)
         return True
 
     def read(self, skip: int, most: int, dtype: torch.dtype) -> Iterator[Tensor]:

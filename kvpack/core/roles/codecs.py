@@ -129,16 +129,12 @@ class Codec(Part, ABC):
         """
         return None
 
-    def nests(self, coarser: Codec) -> bool:
-        """Whether `lower` turns this codec's payloads into those of `coarser`."""
-        return False
-
-    def lower(self, payload: Payload, coarser: Codec) -> Payload:
-        """The payload of `coarser`, from the codes alone; only where `nests` says so.
+    def lowering(self, coarser: Codec) -> Callable[[Payload], Payload] | None:
+        """What turns payloads of this codec into those of `coarser`, from the codes alone; None without.
 
         Encoding and then lowering equals encoding with `coarser`, up to the rounding of scales.
         """
-        raise ValueError(f"{type(self).__name__} does not nest {type(coarser).__name__}")
+        return None
 
 
 class GridCodec(Codec):

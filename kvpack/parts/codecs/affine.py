@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from kvpack import kernels, ops
@@ -200,21 +201,20 @@ class Affine(GridCodec):
         zero, group, channels = payload.tensors.get("zero"), self.group, payload.shape[-1]
         return ops.packed_affine.AffineCodes(codes, scale, zero, self.bits, group.axis, group.size, channels)
 
-    def nests(self, coarser: Codec) -> bool:
-        """Whether the grid of `coarser` is a part of this one, with the same ends.
+    def lowering(self, coarser: Codec) -> Callable[[Payload], Payload] | None:
+        """Rounds codes, where the grid of `coarser` is a part of this one with the same ends.
 
         That is so when 2^b' - 1 divides 2^b - 1 for float zeros and unclipped ranges. The ratio is
         odd then, so that thresholds coincide as well and no code is rounded twice.
         """
         if not isinstance(coarser, Affine) or replace(coarser, bits=self.bits) != self:
-            return False
+            return None
         whole = (2**self.bits - 1) % (2**coarser.bits - 1) == 0
-        return whole and self.zero == "float" and self.clip == 1.0
+        fits = whole and self.zero == "float" and self.clip == 1.0
+        return partial(self._lowered, coarser=coarser) if fits else None
 
-    def lower(self, payload: Payload, coarser: Codec) -> Payload:
-        """Round the codes to the coarser grid; the zero stays, the step grows by the ratio."""
-        if not isinstance(coarser, Affine) or not self.nests(coarser):
-            return super().lower(payload, coarser)
+    def _lowered(self, payload: Payload, coarser: Affine) -> Payload:
+        """Codes rounded to the coarser grid; the zero stays, the step grows by the ratio."""
         ratio = (2**self.bits - 1) // (2**coarser.bits - 1)
         codes = ops.bits.unpack(payload.tensors["codes"], self.bits, payload.shape[-1])
         fewer = ((codes.int() + ratio // 2) // ratio).to(torch.uint8)
