@@ -10,7 +10,6 @@ with ``low`` the number that code 0 stands for. Rounding x this way errs by 2^-1
 largest number; numbers that came as float32 get a second integer for what the first one left over.
 
 Every thread rounds the vectors for itself: that takes less time than waiting for another to do it.
-Two rows are multiplied at a time where registers allow it, so that a vector is read once for both.
 
 Numbers of a frame beside the pool's five (addresses; strides in bytes):
 
@@ -36,8 +35,7 @@ from kvpack.kernels.cpu.jit import ENTRY, at, device
 
 MOST_CHANNELS = 128
 """Channels of a chunk: the sums of their products fit 32 bits for every width."""
-_PRODUCTS = 4
-"""Products that are made at a time: of two rows with up to two vectors, or of one with four."""
+_TOGETHER = max(integer_vectors.TOGETHER)
 _SUMS = integer_vectors.SUMS
 
 
@@ -104,49 +102,35 @@ def _weigh(f: Any, r: Any, count: Any, scales: Any, sums: Any, room: Any, weight
 
 
 @device
-def _multiply(f: Any, r: Any, pair: Any, begin: Any, together: Any, x: Any, room: Any) -> Any:
-    """Products of row `r`, and the next where `pair` is 2, with weighed vectors, to the output."""
-    rows, per, chunks = at(f, 5), at(f, 22), at(f, 25)
-    starts, codes, apart = room + 4 * _PRODUCTS, at(f, 9) + r * at(f, 10), (pair - 1) * at(f, 10)
-    weights, key = starts + 4 * _PRODUCTS * _SUMS, integer_vectors.version(at(f, 24), together)
-    integer_vectors.rows(
-        codes, apart, x, at(f, 6), weights, starts, chunks + GROUPS, chunks, at(f, 16), room, key
-    )
-    kind = at(f, 33)
-    for b in range(pair):
-        for n in range(begin, begin + together):
-            index, total = (n >> (per - 1)) * rows + r + b, jit.read_float(room)
-            room += 4
-            # What the first integers left over is added to their product.
-            if n & (per - 1):
-                total += jit.read_float(at(f, 23) + 4 * index)
-            jit.write(at(f, 23), kind, index, total)
+def _multiply(f: Any, r: Any, begin: Any, together: Any, x: Any, room: Any) -> Any:
+    """Products of row `r` with weighed vectors, to the output."""
+    rows, per, chunks, kind = at(f, 5), at(f, 22), at(f, 25), at(f, 33)
+    starts, codes = room + 4 * _TOGETHER, at(f, 9) + r * at(f, 10)
+    weights, key = starts + 4 * _TOGETHER * _SUMS, integer_vectors.version(at(f, 24), together)
+    integer_vectors.row(codes, x, at(f, 6), weights, starts, chunks + GROUPS, chunks, at(f, 16), room, key)
+    for n in range(begin, begin + together):
+        index, total = (n >> (per - 1)) * rows + r, jit.read_float(room + 4 * (n - begin))
+        # What the first integers left over is added to their product.
+        if n & (per - 1):
+            total += jit.read_float(at(f, 23) + 4 * index)
+        jit.write(at(f, 23), kind, index, total)
 
 
 @device
 def _item(f: Any, first: Any, last: Any, room: Any, words: Any, scales: Any, sums: Any) -> Any:
     """Rows `first` to `last` with the vectors' integers, factors and sums; `room` is scratch."""
     integers, chunks, groups = at(f, 7) * at(f, 22), at(f, 25), at(f, 27)
-    starts, line = room + 4 * _PRODUCTS, chunks + GROUPS
-    weights = starts + 4 * _PRODUCTS * _SUMS
-    grid = weights + 4 * _PRODUCTS * line
-    for r in range(first, last, 2):
-        pair = min(last - r, 2)
+    starts, line = room + 4 * _TOGETHER, chunks + GROUPS
+    weights = starts + 4 * _TOGETHER * _SUMS
+    grid = weights + 4 * _TOGETHER * line
+    for r in range(first, last):
         begin = 0
         while begin < integers:
             together = 4 if integers - begin >= 4 else 2 if integers - begin >= 2 else 1
             x = words + 2 * begin * at(f, 6)
             own, share = scales + 4 * begin * chunks, sums + 4 * begin * groups
             _weigh(f, r, together, own, share, grid, weights, starts)
-            if together < 4:
-                second, behind = weights + 4 * together * line, starts + 4 * together * _SUMS
-                _weigh(f, r + pair - 1, together, own, share, grid, second, behind)
-                _multiply(f, r, pair, begin, together, x, room)
-            else:
-                _multiply(f, r, 1, begin, together, x, room)
-                if pair == 2:
-                    _weigh(f, r + 1, together, own, share, grid, weights, starts)
-                    _multiply(f, r + 1, 1, begin, together, x, room)
+            _multiply(f, r, begin, together, x, room)
             begin += together
 
 
@@ -160,7 +144,7 @@ def _work(f: Any) -> Any:
     room = sums + 4 * integers * groups
     _round_vectors(f, words, scales, sums, room)
     # What a copied grid is padded with.
-    jit.fill(room + 4 * _PRODUCTS * (1 + _SUMS + chunks + GROUPS), 3 * groups, 0.0)
+    jit.fill(room + 4 * _TOGETHER * (1 + _SUMS + chunks + GROUPS), 3 * groups, 0.0)
     while True:
         item = jit.add_to(f, 1)
         if item >= at(f, 1):
@@ -175,7 +159,7 @@ def scratch_bytes(channels: int, integers: int, chunks: int, groups: int) -> int
     `groups` is padded to a multiple of `integer_grids.GROUPS`.
     """
     held = 2 * integers * channels + 4 * (integers * chunks + GROUPS + integers * groups)
-    row = 4 * _PRODUCTS * (1 + _SUMS + chunks + GROUPS) + 12 * groups
+    row = 4 * _TOGETHER * (1 + _SUMS + chunks + GROUPS) + 12 * groups
     return held + max(row, 4 * (MOST_CHANNELS + 2))
 
 

@@ -17,8 +17,10 @@ SUMS = LANES // 2
 """Partial sums of a product: two neighbours are added as they are multiplied."""
 PAIRS = ir.VectorType(I32, SUMS)
 HALVES = ir.VectorType(F32, SUMS)
-TOGETHER = {1: 2, 2: 2, 4: 1}
-"""How many integer vectors are multiplied at a time, and with how many rows; registers set the bounds."""
+TOGETHER = (1, 2, 4)
+"""How many integer vectors are multiplied with a row at a time."""
+_AHEAD = 2048
+"""Bytes by which codes are asked for before they are needed."""
 UNROLLED = (128, 64, 32)
 """Channels per chunk for which one vector has code without inner loops; others, and more vectors, loop."""
 _UNROLLED_STEP = 8
@@ -37,7 +39,7 @@ def _pair_products(builder: Any, a: Any, b: Any) -> Any:
 
 
 def key(bits: int, fields: int, chunk: int) -> int:
-    """Which version of `rows` multiplies one vector; see `version`."""
+    """Which version of `row` multiplies one vector; see `version`."""
     unrolled = UNROLLED.index(chunk) + 1 if chunk in UNROLLED else 0
     return bits * 64 + (fields > 1) * 32 + unrolled * _UNROLLED_STEP
 
@@ -58,21 +60,20 @@ def _versions() -> Iterator[int]:
 
 
 class _Version:
-    """Emits the products of one version; addresses and sizes as in `rows`."""
+    """Emits the products of one version; addresses and sizes as in `row`."""
 
     def __init__(self, builder: Any, arguments: Any, bits: int, fields: bool, count: int, chunk: int) -> None:
-        self.builder, self.bits, self.count, self.together = builder, bits, count, TOGETHER[count]
+        self.builder, self.bits, self.count = builder, bits, count
         self.span = LANES * (16 // bits) if fields else LANES
-        codes, row_bytes, x, stride, self.weights, self.starts, self.line, self.chunks = arguments[:8]
-        size, self.out, _ = arguments[8:]
+        self.codes, x, stride, self.weights, self.starts, self.line, self.chunks = arguments[:7]
+        size, self.out, _ = arguments[7:]
         self.chunk: Any = chunk if chunk else size
-        self.rows = [builder.add(codes, builder.mul(row_bytes, I64(b))) for b in range(self.together)]
         self.lines = [builder.add(x, builder.mul(stride, I64(2 * n))) for n in range(count)]
 
     def emit(self) -> None:
         """All chunks, then the sums of every product."""
         builder = self.builder
-        each = range(self.together * self.count)
+        each = range(self.count)
         starts = [load(builder, builder.add(self.starts, I64(4 * SUMS * n)), HALVES) for n in each]
         totals = vectors.loop(builder, self.chunks, 1, starts, self._chunk)
         for n in each:
@@ -84,15 +85,17 @@ class _Version:
         size = I64(self.chunk) if isinstance(self.chunk, int) else self.chunk
         first = builder.mul(index, size)
         place = builder.lshr(builder.mul(first, I64(bits)), I64(3))
-        sources = [builder.add(row, place) for row in self.rows]
+        source = builder.add(self.codes, place)
+        for line in range(0, self.chunk * bits // 8 if isinstance(self.chunk, int) else 1, 64):
+            vectors.prefetch(builder, builder.add(source, I64(_AHEAD + line)))
         numbers = [builder.add(line, builder.mul(first, I64(2))) for line in self.lines]
         held = [constant(PAIRS, [0] * SUMS)] * len(totals)
         if isinstance(self.chunk, int):
             for at in range(0, self.chunk, self.span):
-                held = self._step(sources, numbers, I64(at), held)
+                held = self._step(source, numbers, I64(at), held)
         else:
             held = vectors.loop(
-                builder, size, self.span, held, lambda at, sums: self._step(sources, numbers, at, sums)
+                builder, size, self.span, held, lambda at, sums: self._step(source, numbers, at, sums)
             )
         weight = builder.add(self.weights, builder.mul(index, I64(4)))
         results = []
@@ -102,29 +105,23 @@ class _Version:
             results.append(vectors.fused(builder, builder.sitofp(integers, HALVES), factor, total))
         return results
 
-    def _step(self, sources: list[Any], numbers: list[Any], at: Any, held: list[Any]) -> list[Any]:
-        """Sums with the products of one more span of codes, of every row with every vector."""
+    def _step(self, source: Any, numbers: list[Any], at: Any, held: list[Any]) -> list[Any]:
+        """Sums with the products of one more span of codes with every vector."""
         builder, held = self.builder, list(held)
         place = builder.lshr(builder.mul(at, I64(self.bits)), I64(3))
-        found = [
-            unpack_fields(builder, builder.add(source, place), self.bits, self.span) for source in sources
-        ]
-        for field in range(self.span // LANES):
+        codes = unpack_fields(builder, builder.add(source, place), self.bits, self.span)
+        for field, code in enumerate(codes):
             offset = builder.add(builder.mul(at, I64(2)), I64(2 * LANES * field))
             for n in range(self.count):
                 values = load(builder, builder.add(numbers[n], offset), WORDS)
-                for b in range(self.together):
-                    product = _pair_products(builder, found[b][field], values)
-                    place = b * self.count + n
-                    held[place] = builder.add(held[place], product)
+                held[n] = builder.add(held[n], _pair_products(builder, code, values))
         return held
 
 
 @intrinsic
-def rows(
+def row(
     typing: Any,
     codes: Any,
-    row_bytes: Any,
     x: Any,
     stride: Any,
     weights: Any,
@@ -135,11 +132,10 @@ def rows(
     out: Any,
     key: Any,
 ) -> Any:
-    """Products of b rows of codes, `row_bytes` apart, with n integer vectors, `stride` numbers apart.
+    """Products of a row of codes with n integer vectors, `stride` numbers apart.
 
-    Writes ``starts + sum over chunks of weights * (codes * x)`` to `out` [b, n]. `weights` are
-    [b, n, chunks], each `line` numbers long, `starts` [b, n, 8] to be summed up. b belongs to n
-    (`TOGETHER`); `key` is a `version`.
+    Writes ``starts + sum over chunks of weights * (codes * x)`` to `out` [n]. `weights` are [n, chunks],
+    each `line` numbers long, `starts` [n, 8] to be summed up; `key` is a `version`.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -151,4 +147,4 @@ def rows(
         vectors.switch(builder, arguments[-1], _versions(), emit)
         return context.get_dummy_value()
 
-    return types.void(*[ADDRESS] * 11), generate
+    return types.void(*[ADDRESS] * 10), generate

@@ -34,6 +34,14 @@ def call(builder: Any, name: str, result: Any, arguments: Sequence[Any], flags: 
     return builder.call(function, arguments, fastmath=flags)
 
 
+def prefetch(builder: Any, address: Any) -> None:
+    """Ask for the cache line at an address, which need not exist."""
+    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), I32, I32, I32])
+    name = "llvm.prefetch.p0"
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    builder.call(function, [builder.inttoptr(address, kind.args[0]), I32(0), I32(3), I32(1)])
+
+
 def splat(builder: Any, number: Any, kind: Any = FLOATS) -> Any:
     """A vector of one number."""
     empty = ir.Constant(kind, ir.Undefined)
