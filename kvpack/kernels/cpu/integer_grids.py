@@ -81,11 +81,6 @@ def weigh(
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         scale, scale_kind, zero, zero_kind, zeros, half, groups, count = arguments[:8]
         factors, chunks, sums, steps, weights, starts = arguments[8:]
-        nothing = constant(EIGHT, [0.0] * GROUPS)
-
-        def begin(n: Any, values: list[Any]) -> list[Any]:
-            vectors.store(builder, nothing, builder.add(starts, builder.mul(n, I64(4 * GROUPS))))
-            return values
 
         def step(first: Any, values: list[Any]) -> list[Any]:
             numbers = _eight(builder, scale, first, scale_kind)
@@ -97,24 +92,39 @@ def weigh(
                     index = builder.add(builder.mul(n, width), first)
                     return builder.add(base, builder.mul(index, I64(4)))
 
-                factor = load(builder, place(factors, chunks), EIGHT)
-                line = builder.add(chunks, I64(GROUPS))
-                vectors.store(builder, builder.fmul(numbers, factor), place(weights, line))
-                start = builder.add(starts, builder.mul(n, I64(4 * GROUPS)))
-                total = load(builder, place(sums, groups), EIGHT)
-                found = vectors.fused(builder, low, total, load(builder, start, EIGHT))
-                vectors.store(builder, found, start)
+                own, share = place(factors, chunks), place(sums, groups)
+                _weigh_eight(
+                    builder, numbers, low, own, place(weights, line), share, _start(builder, starts, n)
+                )
                 return inner
 
-            vectors.loop(builder, count, 1, [], one)
+            return vectors.loop(builder, count, 1, values, one)
+
+        def begin(n: Any, values: list[Any]) -> list[Any]:
+            vectors.store(builder, constant(EIGHT, [0.0] * GROUPS), _start(builder, starts, n))
             return values
 
+        line = builder.add(chunks, I64(GROUPS))
         vectors.loop(builder, count, 1, [], begin)
         vectors.loop(builder, groups, GROUPS, [], step)
         return context.get_dummy_value()
 
     kinds = [ADDRESS, types.int64, ADDRESS, types.int64, types.int64, types.float32, types.int64]
     return types.void(*kinds, *[ADDRESS] * 7), generate
+
+
+def _start(builder: Any, starts: Any, n: Any) -> Any:
+    """Where the eight numbers of vector `n` are."""
+    return builder.add(starts, builder.mul(n, I64(4 * GROUPS)))
+
+
+def _weigh_eight(
+    builder: Any, steps: Any, low: Any, factors: Any, weights: Any, sums: Any, start: Any
+) -> None:
+    """`weigh` for eight groups and one vector; addresses of what belongs to them."""
+    vectors.store(builder, builder.fmul(steps, load(builder, factors, EIGHT)), weights)
+    total = vectors.fused(builder, low, load(builder, sums, EIGHT), load(builder, start, EIGHT))
+    vectors.store(builder, total, start)
 
 
 def _low(builder: Any, steps: Any, zero: Any, first: Any, zero_kind: Any, zeros: Any, half: Any) -> Any:
