@@ -67,6 +67,8 @@ class BlockSolver:
         stages = self._stages()
         left = _wanted(self.weights).keys() - {name for stage in stages for name in stage}
         kept = False
+        if keep and not left:
+            experts.release(self.view, self.layer)
         if stages:
             solved, kept = self._staged(stages, {} if left else self.chains, keep=keep and not left)
             left |= {name for stage in stages[solved:] for name in stage}

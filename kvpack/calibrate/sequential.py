@@ -1,9 +1,10 @@
 """Calibration, one decoder block at a time.
 
-Peak memory is one block, the statistics of one block, and the hidden states of all samples. Every
-block sees inputs that already carry the errors of the packed blocks before it, as in GPTQ
-(arXiv 2210.17323, section 4), and every layer, unless the recipe says otherwise, those of the packed
-layers before it in its own block (`kvpack.calibrate.staged`).
+Peak memory is one block, the statistics of one layer (or block), the hidden states of all samples,
+and where the machine has room for it what these hold in the middle of a block. Every block sees
+inputs that already carry the errors of the packed blocks before it, as in GPTQ (arXiv 2210.17323,
+section 4), and every layer, unless the recipe says otherwise, those of the packed layers before it
+in its own block (`kvpack.calibrate.staged`).
 """
 
 from __future__ import annotations

@@ -155,8 +155,8 @@ def test_stages_end_where_batches_may_part() -> None:
 
 def test_what_waiting_takes(job: Job, monkeypatch) -> None:
     at = job.plan.model.attention[0]  # 4 heads of 16, 2 of them for keys and values
-    assert held_bytes(6, 48, 64, 500, at, eager=False) == 4 * 6 * 48 * (3 * 64 + 500)
-    assert held_bytes(6, 48, 64, 8, at, eager=True) == 4 * 6 * 48 * (3 * 64 + (8 + 4) * 16 + 4 * 48)
+    assert held_bytes(6, 48, 64, 500, at, eager=False) == 4 * 6 * 48 * (4 * 64 + 500)
+    assert held_bytes(6, 48, 64, 8, at, eager=True) == 4 * 6 * 48 * (4 * 64 + (8 + 4) * 16 + 4 * 48)
     for available, limit in ((100, 50), (None, staged.UNKNOWN // 2)):
         monkeypatch.setattr(staged, "available_bytes", lambda found=available: found)
         assert fits(limit)
