@@ -53,13 +53,15 @@ RTN_STAGES = {
     "hash and write": "kvpack.artifact.writer:ArtifactWriter.write_tensor",
     "fsync": "os:fsync",
 }
+FORWARD, PACKED_FORWARD = "forward for statistics", "forward of packed block"
 GPTQ_STAGES = {
     "plan": "kvpack.pipeline:make_plan",
     "check: read, hash, NaN": "kvpack.models.scan:_scan_file",
     "text": "kvpack.pipeline:_samples",
     "embed": "kvpack.calibrate.sequential:Sweep._embed",
     "load block": "kvpack.models.view:ModelView.load_block",
-    "forward for statistics": "kvpack.calibrate.sequential:Sweep._pass",
+    "forward, stage by stage": "kvpack.calibrate.block:BlockSolver._staged",
+    FORWARD: "kvpack.calibrate.passes:Passes.run",
     "gram": "kvpack.calibrate.stats:Gram.update",
     "factorise": "kvpack.ops.gptq:inverse_factor",
     "sweep": "kvpack.ops.gptq:solve",
@@ -70,7 +72,6 @@ GPTQ_STAGES = {
     "hash and write": "kvpack.artifact.writer:ArtifactWriter.write_tensor",
     "fsync": "os:fsync",
 }
-PACKED_FORWARD = "forward of packed block"
 
 
 class Stages:
@@ -108,7 +109,7 @@ class Stages:
 
     def _timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            here = PACKED_FORWARD if kwargs.get("keep") and "forward" in stage else stage
+            here = PACKED_FORWARD if kwargs.get("keep") and stage == FORWARD else stage
             stack = self._stack.__dict__.setdefault("inner", [])
             stack.append(0.0)
             start = self.clock()
@@ -148,7 +149,7 @@ def _rtn(source: Path, out: Path, change: str, clock: Clock) -> Times:
     return stages.totals()
 
 
-def measure_gptq(shapes: list[Shape], repeat: int, clock: Clock) -> dict[str, list[Times]]:
+def measure_gptq(shapes: list[Shape], repeat: int, clock: Clock, *, at_once: bool) -> dict[str, list[Times]]:
     """Times of `calibrate` and `export --calibration` with the recipe w4, per shape."""
     runs: dict[str, list[Times]] = {shape.label: [] for shape in shapes}
     with tempfile.TemporaryDirectory() as scratch:
@@ -159,15 +160,16 @@ def measure_gptq(shapes: list[Shape], repeat: int, clock: Clock) -> dict[str, li
                 write_source(source, shape)
         for _ in range(repeat):
             for shape in shapes:
-                runs[shape.label].append(_gptq(Path(scratch), shape, clock))
+                runs[shape.label].append(_gptq(Path(scratch), shape, clock, at_once))
                 print(shape.label, runs[shape.label][-1], file=sys.stderr)
     return runs
 
 
-def _gptq(scratch: Path, shape: Shape, clock: Clock) -> Times:
+def _gptq(scratch: Path, shape: Shape, clock: Clock, at_once: bool) -> Times:
     stages = Stages(GPTQ_STAGES, clock)
     calibration, source = scratch / "calibration", scratch / f"source-{shape.layers}"
     changes = [f"calibration.samples={shape.samples}", f"calibration.sample_tokens={shape.tokens}"]
+    changes += ["calibration.sequential=false"] if at_once else []
     with stages.watching():
         plan = pipeline.make_plan(source, "w4", changes)
         pipeline.calibrate(plan, calibration, force=True)
@@ -247,7 +249,8 @@ def main() -> None:
         lines = [*table(runs, ratios=False), *throughput(size, runs)]
     else:
         more = [replace(shape, layers=2 * shape.layers), replace(shape, samples=2 * shape.samples)]
-        runs = measure_gptq([shape, *more] if arguments.scale else [shape], arguments.repeat, clock)
+        shapes = [shape, *more] if arguments.scale else [shape]
+        runs = measure_gptq(shapes, arguments.repeat, clock, at_once=arguments.at_once)
         lines = table(runs, ratios=True)
     text = "\n".join([*heading(shape, arguments.repeat), *lines]) + "\n"
     if arguments.output:
@@ -264,6 +267,7 @@ def _arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--bits", type=int, nargs="+", default=[4], help="rtn: widths")
     parser.add_argument("--scale", action="store_true", help="gptq: also 2x layers and 2x samples")
+    parser.add_argument("--at-once", action="store_true", help="gptq: calibration.sequential=false")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="for stages")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()

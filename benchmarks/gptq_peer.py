@@ -9,9 +9,10 @@ The peer's environment needs `torch==2.13.0` (first), `gptqmodel==7.6.0`, `trans
 shape is made (random bf16 weights: good for time, meaningless for quality).
 
 Both programs get the same checkpoint, the same token ids, as many threads, and the same settings:
-integer zeros, damping 0.01, columns in their own order, all layers of a block measured in one pass
-(`--peer-sequential`: one pass per group of layers, the peer's default). Every run is a process of
-its own, and the programs take turns; each packs a small model first, and compiles what it compiles.
+integer zeros, damping 0.01, columns in their own order, every layer measured behind the packed ones
+before it (true sequential, the default of both) or, with `--at-once`, all layers of a block measured
+in the unpacked block. Every run is a process of its own, and the programs take turns; each packs a
+small model first, and compiles what it compiles.
 Seconds are those from before the weights are read until the result is on the disk, imports left out;
 kvpack's include its checks of the source and the reading of the text, the peer is given token ids.
 On a machine that others use as well, only the processor's seconds mean something. Perplexity is that
@@ -165,6 +166,7 @@ def spoken(python: str, role: str, job: Job, scratch: Path) -> Job:
 
 def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, list[Job]]:
     """All runs, by program."""
+    order = ["calibration.sequential=false"] if arguments.at_once else []
     names = ("layers", "hidden", "ffn", "heads", "kv_heads", "vocabulary", "samples", "tokens")
     job: Job = {
         "source": str(arguments.model or scratch / "source"),
@@ -173,20 +175,21 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, list[Job]
             f"calibration.samples={arguments.samples}",
             f"calibration.sample_tokens={arguments.tokens}",
             f"weights.0.codec.group.size={arguments.group}",
+            *order,
         ],
         "text": str(arguments.text or ""),
         "threads": arguments.threads,
         "group": arguments.group,
         "dtype": arguments.peer_dtype,
         "batch": arguments.peer_batch,
-        "sequential": arguments.peer_sequential,
+        "sequential": not arguments.at_once,
     }
     pythons = {"peer": arguments.peer_python, "kvpack": sys.executable}
     small = {
         **job,
         "source": str(scratch / "small"),
         "shape": SMALL,
-        "changes": CHANGES,
+        "changes": [*CHANGES, *order],
         "text": "",
         "group": 32,
     }
@@ -208,13 +211,13 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, list[Job]
 def report(arguments: argparse.Namespace, runs: dict[str, list[Job]]) -> str:
     """A table of both programs."""
     what = "the model given" if arguments.model else f"{arguments.layers} layers, hidden {arguments.hidden}"
-    passes = "a pass per group of layers" if arguments.peer_sequential else "one pass per block"
+    order = "all layers of a block measured at once" if arguments.at_once else "true sequential"
     lines = [
         f"# GPTQ, calibration and export: {what}, {arguments.samples} x {arguments.tokens} tokens",
         "",
         f"W4, groups of {arguments.group}; {arguments.threads} threads, load {os.getloadavg()[0]:.1f} at the "
         f"end, {platform.machine()}, Python {platform.python_version()}; peer in {arguments.peer_dtype}, "
-        f"batches of {arguments.peer_batch}, {passes}.",
+        f"batches of {arguments.peer_batch}. Both: {order}.",
         "",
         "| program | s, median | least | most | s of the processor | perplexity |",
         "|---|---|---|---|---|---|",
@@ -236,7 +239,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--peer-python", required=True, help="interpreter of the peer's environment")
     parser.add_argument("--peer-dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--peer-batch", type=int, default=8, help="samples per forward")
-    parser.add_argument("--peer-sequential", action="store_true", help="a pass per group of layers")
+    parser.add_argument("--at-once", action="store_true", help="measure the layers of a block together")
     parser.add_argument("--model", type=Path, help="checkpoint; by default one is made")
     parser.add_argument("--text", type=Path, help="text that perplexity is measured on")
     sizes = {"layers": 24, "hidden": 1024, "ffn": 2816, "heads": 16, "kv-heads": 8, "vocabulary": 32000}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -97,11 +97,20 @@ class InputStats:
             key = (leader, stat.kind)
             if key not in self._updated:
                 self._updated.add(key)
-                found = self._found.setdefault(key, accumulator(stat.kind))
-                found.update(x.detach().reshape(1, 1, -1, x.shape[-1]))
+                self._take(leader, stat.kind, x)
         self._calls.append(name)
         if self.stop and self._regular and len(self._calls) == len(self.wanted):
             raise _AllSeen
+
+    def add(self, names: Sequence[str], x: Tensor) -> None:
+        """Take in the tensor [..., C] that a batch gives to all of some layers."""
+        self._leader.update(dict.fromkeys(names, names[0]))
+        for kind in sorted({s.kind for name in names for s in self.wanted[name] if s.of == "input"}):
+            self._take(names[0], kind, x)
+
+    def _take(self, leader: str, kind: str, x: Tensor) -> None:
+        found = self._found.setdefault((leader, kind), accumulator(kind))
+        found.update(x.detach().reshape(1, 1, -1, x.shape[-1]))
 
 
 class Chain:
@@ -171,9 +180,14 @@ class Chain:
             if stat.of == stream:
                 found.update(x)
 
-    def close(self) -> None:
-        """The pass is over: fit what was measured, and what follows it without statistics."""
-        if self._open:
+    def close(self, *, whole: bool = True) -> None:
+        """The pass is over: fit what was measured, and what follows it without statistics.
+
+        After a pass that was broken off (not `whole`) the same is measured again, from the start.
+        """
+        if self._open and not whole:
+            self._advance()
+        elif self._open:
             part = self._parts[len(self.states)]
             stats = {stat.name: found.state() for stat, found in self._open.items()}
             self.states.append(part.fit({**stats, **self._given(part)}))

@@ -59,6 +59,12 @@ def release(view: ModelView, layer: int) -> None:
         module.shown_all = frozenset()
 
 
+def inside(view: ModelView, layer: int) -> tuple[str, ...]:
+    """What the paths of everything inside a block's experts begin with."""
+    name = view.spec.blocks[layer]
+    return tuple(f"{name}.{path}." for path, _ in _experts(view.blocks[layer]))
+
+
 def summary(tokens: Mapping[str, int]) -> dict[str, Any]:
     """What calibrations and artifacts tell of experts: cold ones with their tokens, and all tokens."""
     cold = {expert: count for expert, count in tokens.items() if count < FEWEST_TOKENS}

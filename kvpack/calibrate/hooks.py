@@ -7,7 +7,7 @@ with decoder blocks that only record what they are given; each block can then be
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -86,7 +86,6 @@ def run_block(
     hidden: Tensor,
     recording: Recording,
     seen: OnUpdate | None = None,
-    queries: OnQueries | None = None,
 ) -> Tensor:
     """Run one loaded block on `hidden` [B, T, C] with recorded arguments.
 
@@ -96,8 +95,6 @@ def run_block(
         hidden: its input; B and T as in the recording.
         recording: what the model gives its blocks.
         seen: called with the layer's keys (after RoPE) and values [B, K, T, D].
-        queries: called with its queries (after RoPE) [B, H, T, D]; `observe` must have been called
-            on the model before the recording.
 
     Raises:
         UnsupportedModel: the block returns something else than hidden states.
@@ -105,8 +102,7 @@ def run_block(
     given = recording.arguments[layer]
     tap = Tap(seen)
     given = {name: tap if value is recording.tap else value for name, value in given.items()}
-    with _watched(view, layer, queries):
-        result = view.blocks[layer](hidden, **given)
+    result = view.blocks[layer](hidden, **given)
     if not isinstance(result, torch.Tensor):
         raise UnsupportedModel(
             f"decoder block returns a {type(result).__name__}, not hidden states",
@@ -116,8 +112,11 @@ def run_block(
 
 
 @contextmanager
-def _watched(view: ModelView, layer: int, queries: OnQueries | None) -> Iterator[None]:
-    """Show the queries of a layer while it runs."""
+def watched(view: ModelView, layer: int, queries: OnQueries | None) -> Iterator[None]:
+    """Show the queries (after RoPE) [B, H, T, D] of a layer; with None nothing is watched.
+
+    `observe` must have been called on the model before the recording.
+    """
     if queries is None:
         yield
         return
@@ -129,21 +128,25 @@ def _watched(view: ModelView, layer: int, queries: OnQueries | None) -> Iterator
         yield
 
 
-@contextmanager
-def prepared(view: ModelView, weights: Mapping[str, WeightPlan], *, coded: bool) -> Iterator[None]:
-    """Give packed layers their input in their own basis and, if `coded`, approximated as in the artifact.
+def turned(view: ModelView, weights: Mapping[str, WeightPlan]) -> AbstractContextManager[None]:
+    """Give packed layers, by path, their input in their own basis."""
+    online = {name: (weight.online, None) for name, weight in weights.items() if weight.online}
+    return _prepared(view, online)
 
-    Args:
-        view: the model.
-        weights: of the layers, by path.
-        coded: whether what approximates a layer's input takes part.
-    """
+
+def coded(view: ModelView, weights: Mapping[str, WeightPlan]) -> AbstractContextManager[None]:
+    """Approximate what packed layers, by path, are given as the artifact does; inside `turned`."""
+    return _prepared(view, {n: ((), w.inputs) for n, w in weights.items() if w.inputs is not None})
+
+
+@contextmanager
+def _prepared(
+    view: ModelView, how: Mapping[str, tuple[tuple[Transform, ...], Codec | None]]
+) -> Iterator[None]:
     with ExitStack() as stack:
-        for name, weight in weights.items():
-            inputs = weight.inputs if coded else None
-            if weight.online or inputs is not None:
-                prepare = partial(_prepare, weight.online, inputs)
-                stack.callback(view.module(name).register_forward_pre_hook(prepare).remove)
+        for name, (transforms, inputs) in how.items():
+            prepare = partial(_prepare, transforms, inputs)
+            stack.callback(view.module(name).register_forward_pre_hook(prepare).remove)
         yield
 
 

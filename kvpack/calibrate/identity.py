@@ -58,6 +58,8 @@ def identity(plan: Plan, hashes: Mapping[str, str]) -> Identity:
         "sparsity": _digest(None if plan.sparsity is None else to_mapping(plan.sparsity.sites)),
         "weight parts": _digest(weights),
         "kv_cache transforms": _digest(kv),
+        # Where no weight is packed, there is no order in which weights could be.
+        **({"sequential": recipe.sequential} if weights else {}),
     }
 
 

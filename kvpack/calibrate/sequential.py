@@ -1,13 +1,15 @@
 """Calibration, one decoder block at a time.
 
-Peak memory is one block, the statistics of one block, and the hidden states of all samples. Every
-block sees inputs that already carry the errors of the packed blocks before it, as in GPTQ
-(arXiv 2210.17323, section 4).
+Peak memory is one block, the statistics of one layer (or block), the hidden states of all samples,
+and where the machine has room for it what these hold in the middle of a block. Every block sees
+inputs that already carry the errors of the packed blocks before it, as in GPTQ (arXiv 2210.17323,
+section 4), and every layer, unless the recipe says otherwise, those of the packed layers before it
+in its own block (`kvpack.calibrate.staged`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +18,14 @@ import torch
 
 from kvpack.calibrate import experts
 from kvpack.calibrate.basis import fit_basis
+from kvpack.calibrate.block import BlockSolver
 from kvpack.calibrate.chains import make_chains
 from kvpack.calibrate.collect import Chain, InputStats
 from kvpack.calibrate.data import Samples
 from kvpack.calibrate.gradients import Gradients, gradients_for
-from kvpack.calibrate.hooks import Recording, finish, prepared, record, run_block
+from kvpack.calibrate.hooks import finish
 from kvpack.calibrate.identity import identity
+from kvpack.calibrate.passes import Passes
 from kvpack.calibrate.solve import solve_all
 from kvpack.calibrate.sparsity import SparseBlock
 from kvpack.calibrate.store import Calibration
@@ -108,12 +112,12 @@ class Sweep:
         gradients: Gradients | None = None,
     ) -> None:
         self.plan, self.view, self.tokens = plan, view, tokens
-        self.writer, self.progress, self.gradients = writer, progress, gradients
+        self.writer, self.progress = writer, progress
+        self.settings = plan.recipe.recipe.calibration
+        self.passes = Passes(view, tokens, self.settings.batch, gradients)
         self.folding = Folding(plan)
         for change in plan.basis:
             self.folding.basis.update(fitted_without_data(change))
-        self.batch = plan.recipe.recipe.calibration.batch
-        self.recordings: dict[int, Recording] = {}
         self.kv = {x.attention.layer: x for x in plan.kv}
         self._by_layer: dict[int | None, dict[str, WeightPlan]] = {}
         for name, weight in plan.weights.items():
@@ -125,7 +129,7 @@ class Sweep:
         wanted = any(w.solver.requires() for w in outside.values())
         layers = [x for x in range(len(self.view.blocks)) if wanted or self._needed(x)]
         last = max(layers, default=-1)
-        self.hidden = self._embed()
+        self._embed()
         tell = paced(self.progress, "calibrate", last + 1, "tokens/s through a block")
         for layer in range(last + 1):
             tell(layer, layer * self.tokens.numel(), f"block {layer}")
@@ -145,18 +149,11 @@ class Sweep:
         """The packed layers of a block, or (None) of what stands outside."""
         return self._by_layer.get(layer, {})
 
-    def _embed(self) -> Tensor:
-        """Hidden states [N, T, C] that enter block 0; float16 is too narrow to keep them in."""
+    def _embed(self) -> None:
         self.view.load_outer(self.folding, self.view.base_tensors())
         self._pack_embedding()
-        dtype = torch.bfloat16 if self.view.dtype == torch.bfloat16 else torch.float32
-        hidden = torch.empty(*self.tokens.shape, self.plan.model.hidden_size, dtype=dtype)
-        for part in self._batches():
-            recording = record(self.view, self.tokens[part])
-            hidden[part] = recording.hidden.to(dtype)
-            self.recordings.setdefault(len(recording.hidden), recording)
+        self.passes.embed()
         self.view.free_outer()
-        return hidden
 
     def _pack_embedding(self) -> None:
         """Let block 0 see tokens as the artifact embeds them; codes that need data come too late for that."""
@@ -166,37 +163,28 @@ class Sweep:
         if weight is not None and not weight.solver.requires():
             self._solve({model.embedding.removesuffix(".weight"): weight}, InputStats({}))
 
-    def _batches(self) -> Iterator[slice]:
-        for start in range(0, len(self.tokens), self.batch):
-            yield slice(start, min(start + self.batch, len(self.tokens)))
-
     def _block(self, layer: int, onward: bool) -> None:
         weights, kv = self._packed(layer), self.kv.get(layer)
         chains = self._chains(kv)
         self.view.load_block(layer, self.folding, torch.float32)
-        count = partial(self._pass, layer, {}, InputStats({}), keep=False)
-        self.writer.add_experts(experts.find_cold(self.plan, layer, self.view, count))
+        self.writer.add_experts(experts.find_cold(self.plan, layer, self.view, partial(self._count, layer)))
         self._fit_basis(layer)
         if kv is not None and kv.folded_planes:
             while not all(chains[plane].transforms_fitted for plane in kv.folded_planes):
-                self._pass(layer, chains, InputStats({}), keep=False)
+                self._count(layer, chains)
             self._fold(kv, chains)
-        inputs = InputStats({n: w.solver.requires() for n, w in weights.items()})
         sparse = SparseBlock(self.plan, layer, self.view)
-        passes = max([bool(inputs.wanted), *(c.passes for c in chains.values())])
-        for index in range(passes):
-            keep = onward and not (weights or sparse.sites) and index == passes - 1
-            self._pass(layer, chains, inputs if index == 0 else InputStats({}), keep=keep)
+        solver = BlockSolver(layer, weights, chains, self.passes, self._solve)
+        kept = solver.solve(in_order=self.settings.sequential, keep=onward and not sparse.sites)
         if kv is not None:
             for plane, chain in chains.items():
                 self.writer.add_states(layer, plane, chain.states)
-        self._solve(weights, inputs)
         while sparse.unfinished:
-            self._pass(layer, {}, sparse, keep=False)
+            self.passes.run(layer, weights, {}, sparse, keep=False)
             sparse.close()
         experts.release(self.view, layer)
-        if sparse.sites or (onward and (weights or not passes)):
-            self._pass(layer, {}, sparse, keep=onward)
+        if sparse.sites or (onward and not kept):
+            self.passes.run(layer, weights, {}, sparse, keep=onward)
         self.writer.add_thresholds(sparse.thresholds, sparse.active)
         self.view.free_block(layer)
         self.writer.flush(f"block-{layer:05d}.safetensors")
@@ -204,57 +192,18 @@ class Sweep:
     def _chains(self, kv: KVLayerPlan | None) -> dict[str, Chain]:
         return {} if kv is None else make_chains(kv, self.view, self.folding, self.tokens.shape[1])
 
-    def _pass(self, layer: int, chains: Mapping[str, Chain], inputs: InputStats, *, keep: bool) -> None:
-        """Run every sample through a block; with `keep` its outputs replace the hidden states."""
-        modules = {name: self.view.module(name) for name in inputs.wanted}
-        inputs.stop = not keep and not any(chain.passes for chain in chains.values())
-
-        def seen(key: Tensor, value: Tensor) -> None:
-            if chains:
-                measured = any(chain.wants("gradient") for chain in chains.values())
-                found = self.gradients.of(layer, part) if self.gradients and measured else (None, None)
-                chains["key"].see(key, found[0])
-                chains["value"].see(value, found[1])
-                if "index" in chains:
-                    chains["index"].see(key, found[0])
-
-        def queries(query: Tensor) -> None:
-            for chain in chains.values():
-                chain.see_queries(query)
-
-        watched = queries if any(chain.wants("query") for chain in chains.values()) else None
-        for part in self._batches():
-            hidden = self.hidden[part].float()
-            with prepared(self.view, self._packed(layer), coded=keep), inputs.attached(modules):
-                result = run_block(self.view, layer, hidden, self.recordings[len(hidden)], seen, watched)
-            if keep:
-                self._keep(part, result, layer)
-        for chain in chains.values():
-            chain.close()
-
-    def _keep(self, part: slice, result: Tensor, layer: int) -> None:
-        if not bool(torch.isfinite(result).all()):
-            raise SourceError(
-                f"decoder block {layer} computes NaN or Inf on the calibration text",
-                where=str(self.plan.model.path),
-                hint="check that the model works in transformers, with this text",
-            )
-        self.hidden[part] = result.to(self.hidden.dtype)
+    def _count(self, layer: int, chains: Mapping[str, Chain] | None = None) -> None:
+        """Run every sample through a block as it is, for whoever watches."""
+        self.passes.run(layer, self._packed(layer), chains or {}, InputStats({}), keep=False)
 
     def _fit_basis(self, layer: int) -> None:
         """Fit what changes the basis of this block's tensors, and fold it into the block."""
         changes = [c for c in self.plan.basis if c.layer == layer and c.number not in self.folding.basis]
-        measure = partial(self._pass, layer, {}, InputStats({}), keep=False)
-        attention, sample = self.plan.model.attention[layer], partial(self._sample, layer)
-        fit_basis(changes, self.view, attention, self.folding, measure, sample)
+        measure = partial(self._count, layer)
+        sample = partial(self.passes.sample, layer, self._packed(layer))
+        fit_basis(changes, self.view, self.plan.model.attention[layer], self.folding, measure, sample)
         for change in changes:
             self.writer.add_basis(change, self.folding.basis[change.number])
-
-    def _sample(self, layer: int) -> Tensor:
-        """What a block, as it is now, makes of the first samples."""
-        hidden = self.hidden[next(self._batches())].float()
-        with prepared(self.view, self._packed(layer), coded=False):
-            return run_block(self.view, layer, hidden, self.recordings[len(hidden)])
 
     def _fold(self, kv: KVLayerPlan, chains: Mapping[str, Chain]) -> None:
         """Fold what the plan folds of the cache's transforms, as the export does."""
@@ -284,8 +233,8 @@ class Sweep:
         inputs = InputStats({n: w.solver.requires() for n, w in outside.items()})
         self.view.load_outer(self.folding)
         modules = {name: self.view.module(self._applied(outside[name])) for name in inputs.wanted}
-        for part in self._batches():
-            last = finish(self.view, self.hidden[part].to(self.view.dtype), self.tokens[part])
+        for part in self.passes.batches():
+            last = finish(self.view, self.passes.hidden[part].to(self.view.dtype), self.tokens[part])
             with inputs.attached(modules):
                 for module in modules.values():
                     module(last)

@@ -234,7 +234,7 @@ class _SharedSweep(Sweep):
         chains = cast("dict[str, Chain]", several)
         passes = max(c.passes for c in chains.values())
         for index in range(max(passes, onward)):
-            self._pass(layer, chains, InputStats({}), keep=onward and index >= passes - 1)
+            self.passes.run(layer, {}, chains, InputStats({}), keep=onward and index >= passes - 1)
         self.view.free_block(layer)
         for member, own in made:
             if member.error is None:

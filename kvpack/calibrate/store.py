@@ -69,8 +69,9 @@ class Calibration:
     def origin(self) -> dict[str, Any]:
         """What was measured on what: fields that belong into an artifact's manifest."""
         who = self.manifest["identity"]
-        names = ("data", "samples", "sample_tokens", "seed")
-        found = {**{name: who[name] for name in names}, "data_sha256": self.manifest["data"]["sha256"]}
+        names = ("data", "samples", "sample_tokens", "seed", "sequential")
+        found = {name: who[name] for name in names if name in who}
+        found["data_sha256"] = self.manifest["data"]["sha256"]
         return {**found, "experts": self.experts} if self.experts else found
 
     @property

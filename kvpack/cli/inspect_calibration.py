@@ -67,6 +67,11 @@ def _sinks(path: Path, files: Mapping[str, str]) -> Any:
     return parse_json(raw, where=str(path / SINKS_FILE), error=ArtifactError)
 
 
+def _solved(layers: int, sequential: bool | None) -> str:
+    order = "in order" if sequential else "those of a block at once"
+    return f"{layers}, {order}" if layers else "0"
+
+
 def _lines(path: Path, data: dict[str, Any]) -> list[Any]:
     identity = data["identity"]
     digests = {name: identity[name] for name in ("weight parts", "kv_cache transforms") if name in identity}
@@ -74,7 +79,7 @@ def _lines(path: Path, data: dict[str, Any]) -> list[Any]:
         ("text", f"{identity.get('data')}, {data['tokens']:,} tokens, seed {identity.get('seed')}"),
         ("model files", ", ".join(f"{n} {h[:12]}" for n, h in identity.get("model files", {}).items())),
         *((name, str(digest)[:12]) for name, digest in digests.items()),
-        ("solved layers", data["solved_layers"]),
+        ("solved layers", _solved(data["solved_layers"], identity.get("sequential"))),
         ("KV layers", data["kv_layers"]),
         ("size", human_bytes(data["bytes"])),
         ("made by", ", ".join(f"{name} {version}" for name, version in data["versions"].items())),

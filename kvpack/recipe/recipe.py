@@ -242,13 +242,19 @@ class SparsityRecipe:
 
 @dataclass(frozen=True)
 class CalibrationRecipe:
-    """The text that statistics are measured on."""
+    """The text that statistics are measured on, and how.
+
+    `sequential`: every layer is measured behind the packed layers before it, those of its own decoder
+    block included (GPTQ's "true sequential"). Otherwise all layers of a block are measured in the
+    unpacked block, whose input comes from packed ones; so are keys and values then.
+    """
 
     data: str = "builtin:stdlib"
     samples: int = field(default=128, metadata={"minimum": 1})
     sample_tokens: int = field(default=512, metadata={"minimum": 8})
     batch: int = field(default=8, metadata={"minimum": 1})
     seed: int = 0
+    sequential: bool = True
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ COLD = 3
 @pytest.fixture(scope="module", params=MOE_FAMILIES)
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("moe") / "model"
-    return job_for(make_model(folder, request.param, cold_expert=COLD), "w4", *TOKENS)
+    changes = (*TOKENS, "calibration.sequential=false")
+    return job_for(make_model(folder, request.param, cold_expert=COLD), "w4", *changes)
 
 
 @dataclass(frozen=True)

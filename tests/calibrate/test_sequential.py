@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+import re
 import warnings
 
 import pytest
@@ -48,13 +50,21 @@ def _grams(model, tokens: torch.Tensor, names: list[str]) -> dict[str, torch.Ten
     return found
 
 
+STAGES = ("[qkv]_proj", "o_proj", "(gate|up)_proj", "down_proj")
+
+
+@pytest.mark.parametrize("sequential", [True, False])
 @torch.no_grad()
-def test_codes_equal_those_of_a_whole_model_quantised_block_by_block(job, done):
-    """The slow way: the whole model in memory, one forward per block, earlier blocks quantised."""
-    model = _model(job)
+def test_codes_equal_those_of_a_whole_model_quantised_piece_by_piece(checkpoint, tmp_path, sequential):
+    """The slow way: the whole model in memory, one forward per piece, earlier pieces quantised."""
+    job = job_for(checkpoint("llama"), "rotatekv-w4", f"calibration.sequential={str(sequential).lower()}")
+    done, model = job.run(tmp_path / "c"), _model(job)
     _fold(model, job)
-    for layer in range(len(job.plan.model.blocks)):
-        weights = {n: w for n, w in job.plan.weights.items() if w.linear.layer == layer}
+    pieces = STAGES if sequential else (".*",)
+    for layer, piece in itertools.product(range(len(job.plan.model.blocks)), pieces):
+        inside = re.compile(rf"model\.layers\.{layer}\..*{piece}")
+        weights = {n: w for n, w in job.plan.weights.items() if inside.fullmatch(n)}
+        assert weights
         grams = _grams(model, job.samples.tokens, list(weights))
         for name, weight in weights.items():
             parameter = model.get_parameter(f"{name}.weight")

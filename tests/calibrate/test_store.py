@@ -28,6 +28,7 @@ def _change(path: Path, **fields) -> None:
         ("calibration.seed=1", "seed"),
         ("calibration.samples=5", "samples"),
         ("calibration.sample_tokens=40", "sample_tokens"),
+        ("calibration.sequential=false", "sequential"),
         ("weights.0.codec.bits=3", "weight parts"),
         ("weights.0.solver.damp=0.1", "weight parts"),
         ("kv_cache.key.transforms.1.heads=1", "kv_cache transforms"),

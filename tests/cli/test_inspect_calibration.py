@@ -58,6 +58,7 @@ def test_everything_in_json(call_kvpack: Kvpack, calibrated: Path) -> None:
 def test_text_has_tables_and_a_map(call_kvpack: Kvpack, calibrated: Path) -> None:
     out = call_kvpack("inspect", str(calibrated)).out
     assert "mean output error" in out
+    assert "14, in order" in out
     assert "Sink 1: " in out
     assert "layers down, heads across" in out
     assert "\x1b" not in out
