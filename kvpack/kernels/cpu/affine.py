@@ -8,15 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvpack.kernels.cpu import affine_rows, codes, integer_rows, jit, pool
-from kvpack.kernels.cpu.tiles import TILE
+from kvpack.kernels.cpu import frames, pool
+from kvpack.kernels.cpu.entries import entry
 from kvpack.ops.packed_affine import AffineCodes
 
 _KINDS = {
-    torch.float32: jit.FLOAT32,
-    torch.float16: jit.FLOAT16,
-    torch.bfloat16: jit.BFLOAT16,
-    torch.float8_e4m3fn: jit.FLOAT8,
+    torch.float32: frames.FLOAT32,
+    torch.float16: frames.FLOAT16,
+    torch.bfloat16: frames.BFLOAT16,
+    torch.float8_e4m3fn: frames.FLOAT8,
 }
 _MOST_CHANNELS = 128
 _MANY_ROWS = 64
@@ -42,7 +42,7 @@ def scores(query: Tensor, x: AffineCodes) -> Tensor:
         return found + scores(query[..., whole:], _columns(x, whole, x.channels))
     query = query.float().contiguous()
     out = query.new_empty((*query.shape[:-1], x.tokens))
-    _run(affine_rows.SCORES, x, _tokens_per_item(x), query, out)
+    _run(frames.SCORES, x, _tokens_per_item(x), query, out)
     return out
 
 
@@ -52,14 +52,14 @@ def mix(weights: Tensor, x: AffineCodes) -> Tensor:
     # With few heads the tokens are divided, and every thread sums up its own.
     per_item = _tokens_per_item(x) if x.outer < pool.threads() else max(1, x.tokens)
     parts = weights.new_empty((-(-x.tokens // per_item), *weights.shape[:-1], x.channels))
-    _run(affine_rows.MIX, x, per_item, weights, parts)
+    _run(frames.MIX, x, per_item, weights, parts)
     return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
 def dense(x: AffineCodes, dtype: torch.dtype) -> Tensor:
     """See `kvpack.ops.packed_affine.dense`."""
     out = torch.empty((*x.codes.shape[:-1], x.channels), dtype=dtype)
-    _run(affine_rows.DENSE, x, _tokens_per_item(x), None, out)
+    _run(frames.DENSE, x, _tokens_per_item(x), None, out)
     return out
 
 
@@ -96,13 +96,16 @@ def _rows(
     """None where rows are too short or too few for rounding the vectors to pay, or groups do not fit."""
     if channels < 2 * _MOST_CHANNELS or rows < _MANY_ROWS or channels % group:
         return None
-    chunk = next((n for n in range(_MOST_CHANNELS, 0, -codes.LANES) if group % n == 0), 0)
+    chunk = next((n for n in range(_MOST_CHANNELS, 0, -frames.LANES) if group % n == 0), 0)
     if not chunk:
         return None
-    zeros = affine_rows.CENTRED
+    zeros = frames.CENTRED
     if zero is not None:
-        zeros = affine_rows.OFFSET if zero.is_floating_point else affine_rows.CENTRED_INTEGER
-    fields, per_item = codes.field_span(bits, chunk) // codes.LANES, max(16, min(128, rows // (8 * threads)))
+        zeros = frames.OFFSET if zero.is_floating_point else frames.CENTRED_INTEGER
+    fields, per_item = (
+        frames.field_span(bits, chunk) // frames.LANES,
+        max(16, min(128, rows // (8 * threads))),
+    )
     return _Rows(chunk, fields, per_item, _KINDS[scale], zeros)
 
 
@@ -121,9 +124,9 @@ def _integer_products(query: Tensor, x: AffineCodes, rows: _Rows) -> Tensor:
     out = torch.empty((*query.shape[:-1], tokens))
     zero = x.scale if x.zero is None else x.zero
     pool.run(
-        integer_rows.entry(),
+        entry("integer_rows"),
         -(-tokens // rows.per_item),
-        integer_rows.scratch_bytes(channels, count, per, rows.chunk, group),
+        frames.integer_scratch(channels, count, per, rows.chunk, group),
         *(tokens, channels, count, rows.per_item, x.codes.data_ptr(), x.codes.stride(-2)),
         *(x.scale.data_ptr(), x.scale.stride(-2) * x.scale.element_size()),
         *(zero.data_ptr(), zero.stride(-2) * zero.element_size()),
@@ -139,14 +142,14 @@ def _zero(x: AffineCodes) -> Tensor:
 
 def _zeros(x: AffineCodes) -> int:
     if x.zero is None:
-        return affine_rows.CENTRED
-    return affine_rows.OFFSET if x.zero.dtype.is_floating_point else affine_rows.CENTRED_INTEGER
+        return frames.CENTRED
+    return frames.OFFSET if x.zero.dtype.is_floating_point else frames.CENTRED_INTEGER
 
 
 def _tokens_per_item(x: AffineCodes) -> int:
     """Few enough tokens for every thread to get several items."""
     share = x.tokens * x.outer // (4 * pool.threads())
-    return max(TILE, min(_MOST_TOKENS, share) // TILE * TILE)
+    return max(frames.TILE, min(_MOST_TOKENS, share) // frames.TILE * frames.TILE)
 
 
 def _run(mode: int, x: AffineCodes, per_item: int, source: Tensor | None, out: Tensor) -> None:
@@ -158,11 +161,11 @@ def _run(mode: int, x: AffineCodes, per_item: int, source: Tensor | None, out: T
     items = -(-x.tokens // per_item)
     heads = x.codes.shape[-3] if x.codes.dim() > 2 else 1
     rows, address = (0, 0) if source is None else (source.shape[-2], source.data_ptr())
-    axis = affine_rows.TOKEN if x.axis == "token" else affine_rows.CHANNEL
+    axis = frames.TOKEN if x.axis == "token" else frames.CHANNEL
     pool.run(
-        affine_rows.entry(),
+        entry("affine_rows"),
         x.outer * items,
-        affine_rows.scratch_bytes(x.channels),
+        frames.affine_scratch(x.channels),
         *(heads, x.tokens, x.channels, rows, per_item, items),
         *(*_place(x.codes), *_place(x.scale), *_place(_zero(x))),
         *(x.group, address, out.data_ptr()),

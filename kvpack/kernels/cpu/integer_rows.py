@@ -157,19 +157,11 @@ def _work(f: Any) -> Any:
         _item(f, first, min(at(f, 5), first + at(f, 8)), room, words, scales, sums)
 
 
-def scratch_bytes(channels: int, count: int, per: int, chunk: int, group: int) -> int:
-    """Scratch of a thread: integers, factors and sums of the vectors; results and grid of a row."""
-    chunks, groups = channels // chunk, channels // group
-    vectors = 2 * count * per * channels + 4 * count * per * chunks + 4 * count * groups
-    return vectors + 4 * max(chunk, 8 + 2 * groups)
-
-
-@jit.built_once
-def entry() -> Any:
-    """The products, for the pool."""
+def compiled() -> Any:
+    """The loop as a C function; numba keeps it where `objects` does not."""
     stamp = jit.stamp()
 
-    @cfunc(ENTRY, cache=True)
+    @cfunc(ENTRY, cache=jit.KEPT_BY_NUMBA)
     def run(pointer: Any) -> None:
         if stamp:
             _work(jit.address_of(pointer))

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from kvpack.core.types import CodedRows
 from kvpack.kernels.cpu import affine_rows, jit, lookup_rows, lookups, pool
+from kvpack.kernels.cpu.entries import entry
 from kvpack.ops import masks
 
 _KINDS = {
@@ -96,7 +97,7 @@ def _run(mode: int, x: CodedRows, share: int, source: Tensor | None, out: Tensor
     places = _places(x.keep, x.of)
     rows, wide, given = (0, 0, 0) if source is None else (*source.shape[-2:], source.data_ptr())
     pool.run(
-        lookup_rows.entry(),
+        entry("lookup_rows"),
         outer * items,
         lookup_rows.scratch_bytes(together, x.channels, x.width),
         *(tokens, x.channels, rows, share, items, together),

@@ -11,6 +11,7 @@ from kvpack.core.rows import LevelCodes, Place, Spread, Step, TokenRows, Turn
 from kvpack.kernels.cpu import affine, jit, pool, row_vectors, token_rows
 from kvpack.kernels.cpu.affine_rows import CHANNEL, MIX, SCORES, TOKEN
 from kvpack.kernels.cpu.codes import LANES
+from kvpack.kernels.cpu.entries import entry
 from kvpack.ops.packed_affine import AffineCodes
 
 _KINDS = {
@@ -105,7 +106,7 @@ def _run(mode: int, x: TokenRows, given: Tensor, out: Tensor, per_item: int) -> 
     items, together = -(-tokens // per_item), max(1, _TILE_NUMBERS // channels)
     held: list[Tensor] = []
     pool.run(
-        token_rows.entry(),
+        entry("token_rows"),
         batch * outer * items,
         token_rows.scratch_bytes(together, channels),
         *(outer, tokens, channels, given.shape[-2], per_item, items),
