@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from kvpack.cli.bench_options import (
     Against,
     BenchSource,
+    Cold,
     Contexts,
     Dtype,
     Fill,
@@ -60,6 +61,7 @@ def bench(
     dtype: Dtype = "auto",
     fill: Fill = "auto",
     seed: Seed = 0,
+    cold: Cold = False,
     report: Report = None,
     force: ForceReport = False,
     allow_download: AllowDownload = False,
@@ -72,7 +74,8 @@ def bench(
     check_choice(path, synthetic, of_synthetic)
     check_report(report, force)
     contexts = contexts_of(context or [])
-    chosen = Settings(contexts, prompt_tokens or 0, new_tokens, repeat, steps, threads, dtype, fill, seed)
+    sizes = contexts, prompt_tokens or 0, new_tokens, repeat, steps
+    chosen = Settings(*sizes, threads, dtype, fill, seed, cold)
     access = Access(allow_download, trust_remote_code)
     if path is not None:
         return _of_artifact(session, path, source, against, chosen, access, report)
@@ -127,6 +130,11 @@ def _warn(session: Session, made: Bench) -> None:
         session.warn(
             f"other programs took {others:.0%} of the processors during the run: times are too long, gains "
             "less affected"
+        )
+    if made.warm:
+        session.warn(
+            f"files of {', '.join(made.warm)} could not be dropped from memory, or the system does not tell: "
+            "loading may have found them there"
         )
     if not all(told.get("peak_reset") for told in made.described.values()):
         session.warn("this system cannot reset peaks of memory; each includes all that came before it")
