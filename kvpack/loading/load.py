@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kvpack.artifact.damage import check_hashes
 from kvpack.artifact.reader import Artifact
 from kvpack.core.access import CLOSED, Access
 from kvpack.core.ahead import in_background
@@ -65,13 +64,9 @@ def load(
     """
     wanted = Wanted(resident, max_slowdown, max_weight_bytes)
     folder = Path(path)
-    # Clear errors before transformers looks at the folder; the quantizer then checks everything.
+    # Clear errors before transformers looks at the folder; the quantizer waits for the hashes of the weights.
     opened = Opened.of(folder)
     in_background(choice.warm_up)
-    manifest = opened.artifact.manifest
-    check_hashes(
-        folder, manifest, files=[name for name in manifest.files if not name.endswith(".safetensors")]
-    )
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with leave_packed(wanted.anything), handed_over(opened):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

@@ -26,11 +26,18 @@ class Opened:
     def of(cls, folder: Path) -> Opened:
         """Open the artifact in a folder and begin to hash it, which takes as long as all else of loading.
 
+        Everything but the weights is hashed at once: transformers reads it next, and an error ends the
+        work before the rest has begun.
+
         Raises:
             ArtifactError: it is incomplete, too new, or not as its manifest says.
         """
         artifact = Artifact.open(folder, check="structure")
-        return cls(artifact, in_background(partial(check_hashes, folder, artifact.manifest, mapped=True)))
+        weights = [name for name in artifact.manifest.files if name.endswith(".safetensors")]
+        others = artifact.manifest.files.keys() - set(weights)
+        check_hashes(folder, artifact.manifest, files=sorted(others))
+        of_weights = partial(check_hashes, folder, artifact.manifest, files=weights, mapped=True)
+        return cls(artifact, in_background(of_weights))
 
 
 _HANDED = ContextVar[Opened | None]("_HANDED", default=None)
