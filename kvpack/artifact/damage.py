@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from kvpack.artifact.files import BUFFER_BYTES
+from kvpack.artifact.hashing import pieces, sha256, sound
 from kvpack.artifact.manifest import Manifest, TensorRecord
 from kvpack.core.errors import ArtifactError
 from kvpack.core.packed_bytes import first_bad_block
@@ -21,38 +20,41 @@ _HINT = "copy or download this file again; `kvpack export` makes the same bytes"
 
 
 def check_hashes(
-    folder: Path, manifest: Manifest, progress: Progress = SILENT, files: Iterable[str] | None = None
+    folder: Path,
+    manifest: Manifest,
+    progress: Progress = SILENT,
+    files: Iterable[str] | None = None,
+    *,
+    mapped: bool = False,
 ) -> None:
     """Read every byte of an artifact's files, or of those in `files` only.
+
+    Args:
+        folder: of the artifact.
+        manifest: what it says of itself.
+        progress: told of every file.
+        files: names of some of its files.
+        mapped: map large files instead of reading them, see `mapped_sha256`.
 
     Raises:
         ArtifactError: a file differs; names the file, and the tensors for weights.
     """
     names = tuple(manifest.files if files is None else files)
+    tensors = {**manifest.weight_tensors(), **manifest.kv_state}
+    found = {name: pieces(folder, name, manifest.files[name], tensors, mapped) for name in names}
     with ThreadPoolExecutor(_THREADS) as pool:
-        hashes = pool.map(lambda name: _sha256(folder / name, 0, manifest.files[name].bytes), names)
-        for done, (name, found) in enumerate(zip(names, hashes, strict=True)):
+        # The largest first, so that no thread is left alone with one of them at the end.
+        order = sorted((p for of in found.values() for p in of), key=lambda p: p.start - p.stop)
+        asked = {piece: pool.submit(sound, folder, piece) for piece in order}
+        for done, name in enumerate(names):
             progress("check", done, len(names), name)
-            if found != manifest.files[name].sha256:
+            if not all(asked[piece].result() for piece in found[name]):
                 pool.shutdown(cancel_futures=True)
-                lost = _lost(folder / name, {**manifest.weight_tensors(), **manifest.kv_state})
+                lost = _lost(folder / name, tensors)
                 raise ArtifactError(
                     f"{name} is damaged{lost}", where=str(folder), why="its sha256 differs", hint=_HINT
                 )
     progress("check", len(names), len(names))
-
-
-def _sha256(path: Path, start: int, stop: int) -> str:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as stream:
-            stream.seek(start)
-            while start < stop and (chunk := stream.read(min(BUFFER_BYTES, stop - start))):
-                digest.update(chunk)
-                start += len(chunk)
-    except OSError as problem:
-        raise ArtifactError(f"cannot be read: {problem.strerror}", where=str(path)) from problem
-    return digest.hexdigest()
 
 
 def _lost(path: Path, records: Mapping[str, TensorRecord]) -> str:
@@ -66,7 +68,7 @@ def _lost(path: Path, records: Mapping[str, TensorRecord]) -> str:
     bad = [
         name
         for name, entry in entries.items()
-        if name not in records or _sha256(path, entry.start, entry.stop) != records[name].sha256
+        if name not in records or sha256(path, entry.start, entry.stop) != records[name].sha256
     ]
     if not bad:
         return " in its header"

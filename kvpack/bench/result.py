@@ -88,7 +88,8 @@ class Bench:
     """A whole run.
 
     `described` holds per column what its worker said of its model; `filled` per context and column how
-    the cache was filled. `complete` is False after an interruption.
+    the cache was filled. `complete` is False after an interruption. `warm` are columns whose files could not
+    be dropped from memory although that was asked for.
     """
 
     columns: tuple[Column, ...]
@@ -98,6 +99,7 @@ class Bench:
     filled: Mapping[int, Mapping[str, str]]
     machine: Machine
     complete: bool = True
+    warm: tuple[str, ...] = ()
 
     @property
     def random_contexts(self) -> list[int]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 from kvpack.bench.columns import Column, check_memory, fitted
 from kvpack.bench.machine import Watch
+from kvpack.bench.page_cache import drop, read_through
 from kvpack.bench.process import Worker, started
 from kvpack.bench.result import Bench, Measure, Rounds
 from kvpack.bench.settings import Settings
@@ -16,7 +16,6 @@ from kvpack.core.progress import SILENT, Progress
 
 Found = Callable[[Measure], None]
 Answers = dict[str, list[dict[str, Any]]]
-_PIECE = 8 << 20
 _MILLI = 1000.0
 
 
@@ -31,7 +30,8 @@ def bench(
 
     Every measurement is made `settings.repeat` times, in rounds: each column has one turn in every
     round while the others sleep. Processes are fresh for every loading; those of the last round
-    stay for the rest. Files are read once beforehand, so that every loading finds them in memory.
+    stay for the rest. Files are read once beforehand, so that every loading finds them in memory; or,
+    with `settings.cold`, dropped from memory before every loading.
 
     Args:
         columns: see `kvpack.bench.columns.columns_of`.
@@ -56,7 +56,8 @@ def bench(
             raise
         complete = False
     measures = tuple(run.measures)
-    return Bench(columns, settings, measures, run.described, run.filled, watch.machine(), complete)
+    warm = tuple(sorted(run.warm))
+    return Bench(columns, settings, measures, run.described, run.filled, watch.machine(), complete, warm)
 
 
 class _Run:
@@ -69,13 +70,14 @@ class _Run:
         self.measures: list[Measure] = []
         self.described: dict[str, Mapping[str, Any]] = {}
         self.filled: dict[int, dict[str, str]] = {}
+        self.warm: set[str] = set()
         rounds = settings.repeat * (2 + len(settings.contexts)) + 1 + len(settings.contexts)
         self.turns, self.done = rounds * len(columns), 0
 
     def all(self) -> None:
         """Everything, one measurement after another."""
         for column in self.columns:
-            _read_through(column.path)
+            read_through(column.path)
         with self._loaded() as workers:
             self._prompts(workers)
             for context in self.settings.contexts:
@@ -87,14 +89,22 @@ class _Run:
         answers: Answers = {column.name: [] for column in self.columns}
         for _ in range(self.settings.repeat - 1):
             with self._started() as workers:
-                self._ask(answers, workers, "load")
+                self._load(answers, workers)
         with self._started() as workers:
-            self._ask(answers, workers, "load")
+            self._load(answers, workers)
             self.described = {name: given[-1] for name, given in answers.items()}
-            self._add("load", "load to first token", "s", _each(answers, "seconds"))
+            where = ", files not in memory" if self.settings.cold else ""
+            self._add("load", f"load to first token{where}", "s", _each(answers, "seconds"))
             peak = _each(answers, "peak_bytes")
             self._add("load_peak", "peak memory of loading", "bytes", peak)
             yield workers
+
+    def _load(self, answers: Answers, workers: list[Worker]) -> None:
+        """One round of loading."""
+        for worker in workers:
+            if self.settings.cold and not drop(worker.column.path):
+                self.warm.add(worker.column.name)
+            self._ask(answers, [worker], "load")
 
     @contextmanager
     def _started(self) -> Iterator[list[Worker]]:
@@ -180,11 +190,3 @@ def _each(answers: Answers, key: str, factor: float = 1.0) -> dict[str, Rounds]:
 def _all_times(answers: list[dict[str, Any]]) -> Rounds:
     """The times of all steps, in ms."""
     return tuple(tuple(_MILLI * seconds for seconds in turn["seconds"]) for turn in answers)
-
-
-def _read_through(folder: Path) -> None:
-    """Read the weights once, for the system to keep them in memory."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb", buffering=0) as stream:
-            while stream.read(_PIECE):
-                pass

@@ -32,6 +32,7 @@ class Settings:
         dtype: of the computation, "auto" for each model's own.
         fill: who fills contexts: "model", "random", or "auto", see `MODEL_TOKENS`.
         seed: of tokens, keys and values.
+        cold: load with the models' files not in memory.
     """
 
     contexts: tuple[int, ...] = ()
@@ -43,6 +44,7 @@ class Settings:
     dtype: str = "auto"
     fill: str = "auto"
     seed: int = 0
+    cold: bool = False
 
     def __post_init__(self) -> None:
         if self.fill not in FILLS:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from kvpack.cli.bench_options import (
     Against,
     BenchSource,
+    Cold,
     Contexts,
     Dtype,
     Fill,
@@ -62,6 +63,7 @@ def bench(
     dtype: Dtype = "auto",
     fill: Fill = "auto",
     seed: Seed = 0,
+    cold: Cold = False,
     report: Report = None,
     force: ForceReport = False,
     allow_download: AllowDownload = False,
@@ -74,7 +76,8 @@ def bench(
     check_choice(path, source, synthetic, of_synthetic)
     check_report(report, force)
     contexts = contexts_of(context or [])
-    chosen = Settings(contexts, prompt_tokens or 0, new_tokens, repeat, steps, threads, dtype, fill, seed)
+    sizes = contexts, prompt_tokens or 0, new_tokens, repeat, steps
+    chosen = Settings(*sizes, threads, dtype, fill, seed, cold)
     access = Access(allow_download, trust_remote_code)
     with _pair(session, path, source, synthetic, layers, recipe, overrides, keep, seed) as (artifact, model):
         return _measured(session, artifact, model, against, chosen, access, report)
@@ -145,6 +148,11 @@ def _warn(session: Session, made: Bench) -> None:
         session.warn(
             f"other programs took {others:.0%} of the processors during the run: times are too long, gains "
             "less affected"
+        )
+    if made.warm:
+        session.warn(
+            f"files of {', '.join(made.warm)} could not be dropped from memory, or the system does not tell: "
+            "loading may have found them there"
         )
     if not all(told.get("peak_reset") for told in made.described.values()):
         session.warn("this system cannot reset peaks of memory; each includes all that came before it")

@@ -82,6 +82,14 @@ Fill = Annotated[
         "the model up to 2048 tokens.",
     ),
 ]
+Cold = Annotated[
+    bool,
+    typer.Option(
+        "--cold",
+        help="Drop the models' files from the system's memory before every loading, as after a start of the "
+        "machine; libraries stay. By default all files are read beforehand.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Of random weights, tokens, keys and values.")]
 
 

@@ -24,6 +24,7 @@ def bench_data(made: Bench) -> dict[str, Any]:
         "columns": [_column_data(made, column) for column in made.columns],
         "measures": [_measure_data(made, measure) for measure in made.measures],
         "filled": made.filled,
+        "warm": made.warm,
         "machine": made.machine,
     }
 

@@ -16,8 +16,9 @@ def describe(part: Part) -> str:
 
     Whole numbers and groups are always shown, other settings where they differ from the default.
     """
-    words = []
-    for name, field in settings(type(part)).items():
+    words: list[str] = []
+    cls: type = type(part)
+    for name, field in settings(cls).items():
         value = getattr(part, name)
         if isinstance(value, Part):
             words.append(f"{name} ({describe(value)})")

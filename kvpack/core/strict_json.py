@@ -64,13 +64,14 @@ def _check_tree(root: Any) -> None:
     for _ in range(MAX_DEPTH):
         below: list[Any] = []
         for value in level:
-            if isinstance(value, dict):
+            kind = type(value)  # what `json` makes is of no subclass
+            if kind is dict:
                 for key in value:
                     key.encode("utf-8")  # a lone surrogate is a UnicodeEncodeError, a ValueError
                 below.extend(value.values())
-            elif isinstance(value, list):
+            elif kind is list:
                 below.extend(value)
-            elif isinstance(value, str):
+            elif kind is str:
                 value.encode("utf-8")
         if not below:
             return

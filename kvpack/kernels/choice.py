@@ -117,8 +117,7 @@ def warm_up() -> None:
     Does nothing where the CPU's kernels are not used.
     """
     if found("cpu").used and _loads():
-        from kvpack.kernels.cpu import affine_encode_rows, affine_rows, integer_rows
+        from kvpack.kernels.cpu.entries import entry
 
-        affine_rows.entry()
-        affine_encode_rows.entry()
-        integer_rows.entry()
+        for name in ("affine_rows", "integer_rows", "affine_encode_rows"):
+            entry(name)

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kvpack.artifact.damage import check_hashes
 from kvpack.artifact.reader import Artifact
 from kvpack.core.access import CLOSED, Access
+from kvpack.core.ahead import in_background
 from kvpack.core.errors import ArtifactError
+from kvpack.kernels import choice
+from kvpack.loading.opened import Opened, handed_over
 from kvpack.loading.residency import Wanted, label_packed, settle, unpack_model
 from kvpack.models.attention import describe_attention
 from kvpack.models.experts import take_apart
@@ -62,13 +64,11 @@ def load(
     """
     wanted = Wanted(resident, max_slowdown, max_weight_bytes)
     folder = Path(path)
-    # Clear errors before transformers looks at the folder; the quantizer then checks everything.
-    manifest = Artifact.open(folder, check="structure").manifest
-    check_hashes(
-        folder, manifest, files=[name for name in manifest.files if not name.endswith(".safetensors")]
-    )
+    # Clear errors before transformers looks at the folder; the quantizer waits for the hashes of the weights.
+    opened = Opened.of(folder)
+    in_background(choice.warm_up)
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    with leave_packed(wanted.anything):
+    with leave_packed(wanted.anything), handed_over(opened):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +60,14 @@ class KvpackQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        from kvpack.artifact.damage import check_hashes
-        from kvpack.artifact.reader import Artifact
         from kvpack.loading.load import prepare
+        from kvpack.loading.opened import opened
 
         if not checkpoint_files:
             raise ArtifactError("no weights were found", hint="give the artifact's folder")
-        folder = Path(checkpoint_files[0]).parent
-        self.artifact = Artifact.open(folder, check="structure")
-        # Hashing takes as long as all the rest of loading; what it finds is asked for before the model is.
-        self.hashing = in_background(partial(check_hashes, folder, self.artifact.manifest))
+        found = opened(Path(checkpoint_files[0]).parent)
+        # What hashing finds is asked for before the model is handed out.
+        self.artifact, self.hashing = found.artifact, found.sound
         in_background(choice.warm_up)
         prepare(model, self.artifact)
 

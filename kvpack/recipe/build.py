@@ -33,11 +33,13 @@ def hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
+@functools.cache
 def settings(cls: type) -> dict[str, dataclasses.Field[Any]]:
     """Fields of a dataclass that a recipe can set, by name."""
     return {f.name: f for f in dataclasses.fields(cls) if f.init}
 
 
+@functools.cache
 def role_of(annotation: Any) -> str | None:
     """The role whose parts an annotation accepts: `Codec` -> "codecs"; None for other types."""
     if inspect.isclass(annotation) and issubclass(annotation, Part):
@@ -45,6 +47,7 @@ def role_of(annotation: Any) -> str | None:
     return None
 
 
+@functools.cache
 def optional(annotation: Any) -> tuple[Any, bool]:
     """`X | None` -> (X, True); anything else -> (itself, False)."""
     if typing.get_origin(annotation) in {Union, types.UnionType}:
@@ -52,6 +55,11 @@ def optional(annotation: Any) -> tuple[Any, bool]:
         if len(inner) == 1:
             return inner[0], True
     return annotation, False
+
+
+@functools.cache
+def _origin(annotation: Any) -> Any:
+    return typing.get_origin(annotation)
 
 
 def suggest(word: str, known: Sequence[str]) -> str:
@@ -111,7 +119,7 @@ class _Builder:
         return self.plain(annotation, node, path, limits)
 
     def plain(self, annotation: Any, node: Node, path: str, limits: Mapping[str, Any]) -> Any:
-        origin = typing.get_origin(annotation)
+        origin = _origin(annotation)
         if origin is Literal:
             return self.choice(typing.get_args(annotation), node, path)
         if origin is tuple:

@@ -53,6 +53,9 @@ class Position:
         return f"{name}:{self.line}" if self.line else name
 
 
+_SCALARS = frozenset((str, int, float, bool, type(None)))
+
+
 @dataclass(frozen=True)
 class Node:
     """A value, where it stands, and where the key that leads to it stands."""
@@ -64,6 +67,8 @@ class Node:
     @classmethod
     def of(cls, value: Any, at: Position) -> Node:
         """The tree of plain data, all of it at one place."""
+        if type(value) in _SCALARS:  # most are; the abstract classes below are slow to ask
+            return cls(value, at)
         if isinstance(value, Mapping):
             return cls({key: cls.of(item, at) for key, item in value.items()}, at)
         if isinstance(value, Sequence) and not isinstance(value, str):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvpack.kernels import affine, choice
 from kvpack.kernels.cpu import affine as cpu
+from kvpack.kernels.cpu import integer_products
 from kvpack.ops import packed_affine
 from kvpack.ops.packed_affine import AffineCodes
 from tests.kernels.coded_affine import coded
@@ -107,7 +108,7 @@ WEIGHTS = [(8, 0), (4, 128), (4, 96), (3, 128), (5, 48), (6, 64), (2, 128), (4, 
 def test_weights_are_multiplied_in_integers(bits: int, size: int, zero: str, rows: int) -> None:
     x = coded((100, 1920 if size in (96, 48, 160) else 1024), bits, "channel", size, zero)  # type: ignore[arg-type]
     query = torch.randn((rows, x.channels), generator=torch.Generator().manual_seed(rows))
-    assert cpu._integer_rows(x) is not None
+    assert integer_products.fits(x)
     exact = query.double() @ packed_affine.dense(x, torch.float32).double().T
     # Two integers for a number that came as float32; one, of 16 bits, for a narrower one.
     assert distance(affine.scores(query, x), exact) < 2e-6
@@ -126,7 +127,7 @@ def test_numbers_of_any_size_are_multiplied(scale: float) -> None:
 
 def test_a_ragged_last_group_is_decoded() -> None:
     x = coded((64, 300), 4, "channel", 128)
-    assert cpu._integer_rows(x) is None
+    assert not integer_products.fits(x)
     agree(x, 2)
 
 

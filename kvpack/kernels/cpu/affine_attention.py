@@ -27,11 +27,6 @@ from kvpack.kernels.cpu.jit import ENTRY, at, device
 from kvpack.kernels.cpu.tiles import TILE, products, sums
 
 
-def scratch_bytes(channels: int, queries: int) -> int:
-    """Scratch of a thread: a tile of numbers, steps and offsets; scores of a tile."""
-    return 4 * TILE * (3 * channels + queries)
-
-
 @device
 def _weigh(f: Any, mask: Any, count: Any, scores: Any, index: Any, total: Any) -> Any:
     """Turn the scores [M, TILE] of a tile into weights; bring what was summed up to the new maxima."""
@@ -92,12 +87,11 @@ def _work(f: Any) -> Any:
             sums(rows, 4 * channels, count, channels, scores, queries, total, 4 * TILE)
 
 
-@jit.built_once
-def entry() -> Any:
-    """What the pool runs."""
+def compiled() -> Any:
+    """The loop as a C function; numba keeps it where `objects` does not."""
     stamp = jit.stamp()
 
-    @cfunc(ENTRY, cache=True)
+    @cfunc(ENTRY, cache=jit.KEPT_BY_NUMBA)
     def run(pointer: Any) -> None:
         if stamp:
             _work(jit.address_of(pointer))

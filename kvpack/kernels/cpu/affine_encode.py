@@ -5,17 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpack.kernels.cpu import affine_encode_rows, affine_rows, jit, pool
+from kvpack.kernels.cpu import frames, pool
+from kvpack.kernels.cpu.entries import entry
+from kvpack.kernels.cpu.tensors import KINDS, zeros
 from kvpack.ops.affine import Grid, group_size
 from kvpack.ops.bits import packed_size
 from kvpack.ops.packed_affine import AffineCodes
 
-_KINDS = {
-    torch.float32: jit.FLOAT32,
-    torch.float16: jit.FLOAT16,
-    torch.bfloat16: jit.BFLOAT16,
-    torch.float8_e4m3fn: jit.FLOAT8,
-}
 _READ = (torch.float32, torch.float16, torch.bfloat16)
 _PER_ITEM = 1 << 15
 """Numbers that a thread takes at a time, at least: fewer would take longer to hand out."""
@@ -32,7 +28,7 @@ def value_range(x: Tensor, axis: str, size: int) -> tuple[Tensor, Tensor]:
     """See `kvpack.ops.affine_encode.value_range`."""
     shape, units, size = _groups(x, axis, size)
     low, high = torch.empty(shape), torch.empty(shape)
-    _run(affine_encode_rows.RANGES, x, axis, size, units, low, high, 0, 1, 0, 0, 0)
+    _run(frames.RANGES, x, axis, size, units, low, high, 0, 1, 0, 0, 0)
     return low, high
 
 
@@ -41,8 +37,8 @@ def codes(x: Tensor, scale: Tensor, zero: Tensor | None, width: int, axis: str, 
     _, units, size = _groups(x, axis, size)
     out = torch.empty((*x.shape[:-1], packed_size(x.shape[-1], width)), dtype=torch.uint8)
     scale, zero = scale.contiguous(), None if zero is None else zero.contiguous()
-    more = out.data_ptr(), width, _KINDS[scale.dtype], _zeros(zero), 0
-    _run(affine_encode_rows.CODES, x, axis, size, units, scale, scale if zero is None else zero, *more)
+    more = out.data_ptr(), width, KINDS[scale.dtype], zeros(zero), 0
+    _run(frames.CODES, x, axis, size, units, scale, scale if zero is None else zero, *more)
     return out
 
 
@@ -56,9 +52,9 @@ def encode(
     if zero != "none":
         narrow = torch.float16 if scale_dtype.itemsize == 1 else scale_dtype
         grid["zero"] = torch.empty(shape, dtype=narrow if zero == "float" else torch.int8)
-    more = out.data_ptr(), width, _KINDS[scale_dtype], _zeros(grid.get("zero")), 0
+    more = out.data_ptr(), width, KINDS[scale_dtype], zeros(grid.get("zero")), 0
     second = grid.get("zero", grid["scale"])
-    _run(affine_encode_rows.ENCODE, x, axis, size, units, grid["scale"], second, *more)
+    _run(frames.ENCODE, x, axis, size, units, grid["scale"], second, *more)
     return out, grid
 
 
@@ -68,8 +64,8 @@ def lost(x: Tensor, y: AffineCodes) -> tuple[float, float]:
     sums = torch.empty((*x.shape[:-1], 2))
     codes, scale = y.codes.contiguous(), y.scale.contiguous()
     zero = scale if y.zero is None else y.zero.contiguous()
-    more = codes.data_ptr(), y.bits, _KINDS[scale.dtype], _zeros(y.zero), sums.data_ptr()
-    _run(affine_encode_rows.LOST, x, y.axis, size, units, scale, zero, *more)
+    more = codes.data_ptr(), y.bits, KINDS[scale.dtype], zeros(y.zero), sums.data_ptr()
+    _run(frames.LOST, x, y.axis, size, units, scale, zero, *more)
     return _total(sums)
 
 
@@ -77,7 +73,7 @@ def squares(x: Tensor, other: Tensor) -> tuple[float, float]:
     """See `kvpack.ops.affine_encode.squares`."""
     other, sums = other.contiguous(), torch.empty((*x.shape[:-1], 2))
     more = 0, 1, 0, 0, sums.data_ptr()
-    _run(affine_encode_rows.SQUARES, x, "channel", 1, x.numel() // x.shape[-1], other, other, *more)
+    _run(frames.SQUARES, x, "channel", 1, x.numel() // x.shape[-1], other, other, *more)
     return _total(sums)
 
 
@@ -96,12 +92,6 @@ def _groups(x: Tensor, axis: str, size: int) -> tuple[tuple[int, ...], int, int]
     return (*outer, tokens, -(-channels // size)), x.numel() // channels, size
 
 
-def _zeros(zero: Tensor | None) -> int:
-    if zero is None:
-        return affine_rows.CENTRED
-    return affine_rows.OFFSET if zero.dtype.is_floating_point else affine_rows.CENTRED_INTEGER
-
-
 def _run(
     mode: int,
     x: Tensor,
@@ -118,10 +108,10 @@ def _run(
     heads = x.shape[-3] if len(strides) > 2 else 1
     per_item = max(1, _PER_ITEM * units // x.numel())
     pool.run(
-        affine_encode_rows.entry(),
+        entry("affine_encode_rows"),
         -(-units // per_item),
-        affine_encode_rows.scratch_bytes(x.shape[-1]),
-        *(heads, x.shape[-2], x.shape[-1], x.data_ptr(), b, k, strides[-2] * width, _KINDS[x.dtype]),
-        *(mode, affine_rows.TOKEN if axis == "token" else affine_rows.CHANNEL, size, units, per_item),
+        frames.encode_scratch(x.shape[-1]),
+        *(heads, x.shape[-2], x.shape[-1], x.data_ptr(), b, k, strides[-2] * width, KINDS[x.dtype]),
+        *(mode, frames.TOKEN if axis == "token" else frames.CHANNEL, size, units, per_item),
         *(first.data_ptr(), second.data_ptr(), *more),
     )

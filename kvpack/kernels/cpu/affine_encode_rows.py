@@ -21,23 +21,8 @@ from numba import cfunc
 from kvpack.kernels.cpu import decoders, encode_vectors, grid_vectors, jit
 from kvpack.kernels.cpu.affine_rows import CENTRED, CENTRED_INTEGER, OFFSET, TOKEN, code_at, number_of
 from kvpack.kernels.cpu.codes import LANES
+from kvpack.kernels.cpu.frames import CODES, ENCODE, RANGES, SQUARES
 from kvpack.kernels.cpu.jit import ENTRY, at, device
-
-RANGES, CODES, ENCODE, LOST, SQUARES = range(5)
-"""What to do. Ranges: write least and greatest numbers, float32, to 18 and 19. Codes: write bit streams to
-20, by the steps and zeros in 18 and 19. Encode: write steps and zeros, too. Lost: read all three, and write
-two sums per row, float32, to 24: of the squares of what codes lose, and of the squares of the numbers.
-Squares: the same with the float32 rows in 18 instead of codes."""
-
-
-def room(channels: int) -> int:
-    """Channels, filled up to whole vectors."""
-    return -(-channels // LANES) * LANES
-
-
-def scratch_bytes(channels: int) -> int:
-    """Scratch of a thread: steps, offsets, both as they are stored, ranges, and the codes of a row."""
-    return (6 * 4 + 1) * room(channels)
 
 
 @device
@@ -284,12 +269,11 @@ def _work(f: Any) -> Any:
                     _lost(f, unit, step, offset, stored)
 
 
-@jit.built_once
-def entry() -> Any:
-    """What the pool runs."""
+def compiled() -> Any:
+    """The loop as a C function; numba keeps it where `objects` does not."""
     stamp = jit.stamp()
 
-    @cfunc(ENTRY, cache=True)
+    @cfunc(ENTRY, cache=jit.KEPT_BY_NUMBA)
     def run(pointer: Any) -> None:
         if stamp:
             _work(jit.address_of(pointer))

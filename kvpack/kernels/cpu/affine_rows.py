@@ -23,20 +23,16 @@ from numba import cfunc
 
 from kvpack.kernels.cpu import decoders, jit
 from kvpack.kernels.cpu.codes import LANES
+from kvpack.kernels.cpu.frames import CENTRED as CENTRED
+from kvpack.kernels.cpu.frames import CENTRED_INTEGER as CENTRED_INTEGER
+from kvpack.kernels.cpu.frames import CHANNEL as CHANNEL
+from kvpack.kernels.cpu.frames import DENSE as DENSE
+from kvpack.kernels.cpu.frames import MIX as MIX
+from kvpack.kernels.cpu.frames import OFFSET as OFFSET
+from kvpack.kernels.cpu.frames import SCORES as SCORES
+from kvpack.kernels.cpu.frames import TOKEN as TOKEN
 from kvpack.kernels.cpu.jit import ENTRY, at, device
 from kvpack.kernels.cpu.tiles import TILE, products, sums
-
-CHANNEL, TOKEN = 0, 1
-OFFSET, CENTRED, CENTRED_INTEGER = range(3)
-"""Zeros: numbers are code * step + zero, (code - h) * step, (code - (zero + h)) * step."""
-SCORES, MIX, DENSE = range(3)
-"""What to do. Outputs: scores [o, M, T] of queries [o, M, D]; sums [part, o, M, D] of the rows with weights
-[o, M, T], for every part of the rows; the rows [o, T, D] themselves."""
-
-
-def scratch_bytes(channels: int) -> int:
-    """Scratch of a thread: a tile of numbers, steps and offsets."""
-    return 3 * 4 * TILE * channels
 
 
 @device
@@ -168,12 +164,11 @@ def _work(f: Any) -> Any:
                 jit.narrow(rows, count * channels, place, at(f, 31))
 
 
-@jit.built_once
-def entry() -> Any:
-    """What the pool runs."""
+def compiled() -> Any:
+    """The loop as a C function; numba keeps it where `objects` does not."""
     stamp = jit.stamp()
 
-    @cfunc(ENTRY, cache=True)
+    @cfunc(ENTRY, cache=jit.KEPT_BY_NUMBA)
     def run(pointer: Any) -> None:
         if stamp:
             _work(jit.address_of(pointer))

@@ -14,9 +14,9 @@ from typing import Any
 
 from llvmlite import ir
 
+from kvpack.kernels.cpu.frames import LANES as LANES
 from kvpack.kernels.cpu.jit import I8, I16, I32
 
-LANES = 16
 WORDS = ir.VectorType(I16, LANES)
 
 
@@ -30,12 +30,6 @@ def load(builder: Any, address: Any, kind: Any) -> Any:
     value = builder.load(builder.inttoptr(address, kind.as_pointer()))
     value.align = 1
     return value
-
-
-def field_span(bits: int, group: int) -> int:
-    """Codes that one step takes from a group: those of sixteen words where that works, else 16."""
-    fields = 16 // bits if bits in (2, 4, 8) else 1
-    return fields * LANES if group % (fields * LANES) == 0 else LANES
 
 
 def unpack_fields(builder: Any, address: Any, bits: int, span: int) -> list[Any]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvpack.core.types import EvenGrid
 from kvpack.kernels.cpu import gptq_columns, pool
+from kvpack.kernels.cpu.entries import entry
 from kvpack.ops.gptq import Grid
 
 
@@ -27,7 +28,7 @@ def round_columns(
     shares = upper.T.neg().contiguous()
     codes, errors = torch.empty_like(work), torch.empty_like(work)
     pool.run(
-        gptq_columns.entry(),
+        entry("gptq_columns"),
         -(-rows // gptq_columns.WIDTH),
         gptq_columns.scratch_bytes(len(work)),
         *(len(work), rows, lines[0].levels, int(lines[0].centred)),

@@ -14,7 +14,6 @@ A column receives the errors of all columns before it at once; they stay in the 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -73,12 +72,11 @@ def _work(f: Any) -> Any:
             jit.widen(lost, FLOAT32, wide, at(f, 16) + here)
 
 
-@functools.cache
-def entry() -> Any:
-    """What the pool runs."""
+def compiled() -> Any:
+    """The loop as a C function; numba keeps it where `objects` does not."""
     stamp = jit.stamp()
 
-    @cfunc(ENTRY, cache=True)
+    @cfunc(ENTRY, cache=jit.KEPT_BY_NUMBA)
     def run(pointer: Any) -> None:
         if stamp:
             _work(jit.address_of(pointer))

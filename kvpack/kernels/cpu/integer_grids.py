@@ -12,11 +12,10 @@ from numba.extending import intrinsic
 from kvpack.kernels.cpu import jit, vectors
 from kvpack.kernels.cpu.affine_rows import CENTRED, CENTRED_INTEGER, OFFSET
 from kvpack.kernels.cpu.codes import LANES, constant, load
+from kvpack.kernels.cpu.frames import GROUPS
 from kvpack.kernels.cpu.jit import ADDRESS, F32, I8, I16, I32, I64
 from kvpack.kernels.cpu.stored_floats import SIZES, widened
 
-GROUPS = 8
-"""Groups of a row that are taken at a time; scratch is padded to a multiple of it."""
 EIGHT = ir.VectorType(F32, GROUPS)
 FIELDS = (1, 2, 4, 8)
 """Codes in a word: vectors are rounded in the order in which words give their codes."""

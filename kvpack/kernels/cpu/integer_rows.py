@@ -17,7 +17,7 @@ Numbers of a frame beside the pool's five (addresses; strides in bytes):
     14 stride, 15 channels per group, 16 channels per chunk, 17 width of a code, 18 how steps are
     stored, 19 how zeros are, 20 codes in a word (1 where they are taken in order), 21 the vectors
     [n, C], 22 integers per number (1 or 2; with 2 the output is float32), 23 output [n, R],
-    24 `integer_vectors.key`, 25 chunks, 26 groups, 27 groups that scratch has room for, 28 chunks per
+    24 `frames.integer_key`, 25 chunks, 26 groups, 27 groups that scratch has room for, 28 chunks per
     group, 29 bytes of a row's steps, 30 of its zeros, 31 how zeros that are no integers are stored,
     32 how the vectors are, 33 how the output is
 """
@@ -30,12 +30,10 @@ import numpy as np
 from numba import cfunc
 
 from kvpack.kernels.cpu import integer_grids, integer_vectors, jit, vectors
-from kvpack.kernels.cpu.integer_grids import GROUPS
+from kvpack.kernels.cpu.frames import GROUPS, MOST_CHANNELS, TOGETHER
 from kvpack.kernels.cpu.jit import ENTRY, at, device
 
-MOST_CHANNELS = 128
-"""Channels of a chunk: the sums of their products fit 32 bits for every width."""
-_TOGETHER = max(integer_vectors.TOGETHER)
+_TOGETHER = TOGETHER[-1]
 _SUMS = integer_vectors.SUMS
 
 
@@ -153,22 +151,11 @@ def _work(f: Any) -> Any:
         _item(f, first, min(at(f, 5), first + at(f, 8)), room, words, scales, sums)
 
 
-def scratch_bytes(channels: int, integers: int, chunks: int, groups: int) -> int:
-    """Scratch of a thread: integers, factors and sums of the vectors; results, weights, grid of a row.
-
-    `groups` is padded to a multiple of `integer_grids.GROUPS`.
-    """
-    held = 2 * integers * channels + 4 * (integers * chunks + GROUPS + integers * groups)
-    row = 4 * _TOGETHER * (1 + _SUMS + chunks + GROUPS) + 12 * groups
-    return held + max(row, 4 * (MOST_CHANNELS + 2))
-
-
-@jit.built_once
-def entry() -> Any:
-    """The products, for the pool."""
+def compiled() -> Any:
+    """The loop as a C function; numba keeps it where `objects` does not."""
     stamp = jit.stamp()
 
-    @cfunc(ENTRY, cache=True)
+    @cfunc(ENTRY, cache=jit.KEPT_BY_NUMBA)
     def run(pointer: Any) -> None:
         if stamp:
             _work(jit.address_of(pointer))

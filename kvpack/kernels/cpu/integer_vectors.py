@@ -10,20 +10,16 @@ from numba import types
 from numba.extending import intrinsic
 
 from kvpack.kernels.cpu import vectors
-from kvpack.kernels.cpu.codes import LANES, WORDS, constant, field_span, load, unpack_fields
+from kvpack.kernels.cpu.codes import LANES, WORDS, constant, load, unpack_fields
+from kvpack.kernels.cpu.frames import TOGETHER, UNROLLED, UNROLLED_STEP, field_span, integer_key
 from kvpack.kernels.cpu.jit import ADDRESS, F32, I32, I64, device
 
 SUMS = LANES // 2
 """Partial sums of a product: two neighbours are added as they are multiplied."""
 PAIRS = ir.VectorType(I32, SUMS)
 HALVES = ir.VectorType(F32, SUMS)
-TOGETHER = (1, 2, 4)
-"""How many integer vectors are multiplied with a row at a time."""
 _AHEAD = 2048
 """Bytes by which codes are asked for before they are needed."""
-UNROLLED = (128, 64, 32)
-"""Channels per chunk for which one vector has code without inner loops; others, and more vectors, loop."""
-_UNROLLED_STEP = 8
 
 
 def _pair_products(builder: Any, a: Any, b: Any) -> Any:
@@ -38,16 +34,10 @@ def _pair_products(builder: Any, a: Any, b: Any) -> Any:
     )
 
 
-def key(bits: int, fields: int, chunk: int) -> int:
-    """Which version of `row` multiplies one vector; see `version`."""
-    unrolled = UNROLLED.index(chunk) + 1 if chunk in UNROLLED else 0
-    return bits * 64 + (fields > 1) * 32 + unrolled * _UNROLLED_STEP
-
-
 @device
 def version(key: Any, count: Any) -> Any:
     """The version for `count` vectors, of which only one has code without inner loops."""
-    return key + 1 if count == 1 else (key & ~(3 * _UNROLLED_STEP)) + count
+    return key + 1 if count == 1 else (key & ~(3 * UNROLLED_STEP)) + count
 
 
 def _versions() -> Iterator[int]:
@@ -56,7 +46,7 @@ def _versions() -> Iterator[int]:
         for fields in (1, 16 // bits) if bits in (2, 4, 8) else (1,):
             for chunk in (0, *UNROLLED):
                 if fields == 1 or not chunk or field_span(bits, chunk) > LANES:
-                    yield from (key(bits, fields, chunk) + n for n in ((1,) if chunk else TOGETHER))
+                    yield from (integer_key(bits, fields, chunk) + n for n in ((1,) if chunk else TOGETHER))
 
 
 class _Version:
@@ -140,7 +130,7 @@ def row(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         def emit(case: int) -> None:
-            bits, fields, unrolled, count = case // 64, bool(case & 32), case // _UNROLLED_STEP % 4, case % 8
+            bits, fields, unrolled, count = case // 64, bool(case & 32), case // UNROLLED_STEP % 4, case % 8
             chunk = UNROLLED[unrolled - 1] if unrolled else 0
             _Version(builder, arguments, bits, fields, count, chunk).emit()
 

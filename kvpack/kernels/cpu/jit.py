@@ -7,11 +7,6 @@ a branch per row costs nothing.
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import threading
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numba
@@ -20,51 +15,29 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from kvpack.kernels.cpu.frames import BFLOAT16 as BFLOAT16
+from kvpack.kernels.cpu.frames import FLOAT8 as FLOAT8
+from kvpack.kernels.cpu.frames import FLOAT16 as FLOAT16
+from kvpack.kernels.cpu.frames import FLOAT32 as FLOAT32
+from kvpack.kernels.cpu.frames import INT8 as INT8
+from kvpack.kernels.cpu.objects import SUPPORTED
+from kvpack.kernels.cpu.objects import stamp as stamp
+
 I8, I16, I32, I64 = (ir.IntType(width) for width in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 
 ADDRESS = types.int64
 ENTRY = types.void(types.voidptr)
 """Signature of what the pool runs."""
-
-FLOAT32, FLOAT16, BFLOAT16, FLOAT8, INT8 = range(5)
-"""How a number is stored, as kernels are told."""
+KEPT_BY_NUMBA = not SUPPORTED
+"""Whether numba keeps compiled loops. A loop must then hold `stamp` as a constant: its cache notices changes
+in one file only."""
 
 device = numba.njit(nogil=True, error_model="numpy")
 """Decorator of functions that compiled functions call.
 
 Without fast mathematics: decoded numbers equal those of `kvpack.ops` bit for bit. Sums are reordered
 where the vector code says so."""
-
-
-_BUILDING = threading.RLock()
-
-
-def built_once(build: Callable[[], Any]) -> Callable[[], Any]:
-    """`build`, called at most once, by one thread while others wait: compiling takes seconds."""
-    held: list[Any] = []
-
-    @functools.wraps(build)
-    def get() -> Any:
-        if not held:
-            with _BUILDING:
-                if not held:
-                    held.append(build())
-        return held[0]
-
-    return get
-
-
-@functools.cache
-def stamp() -> int:
-    """A number, not 0, that changes with any file of this package.
-
-    An entry must hold it as a constant: numba's cache notices changes in one file only.
-    """
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    return 1 + int.from_bytes(digest.digest()[:6], "little")
 
 
 def _place(builder: Any, address: Any, kind: Any) -> Any:

@@ -9,15 +9,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvpack.core.types import CodedRows
-from kvpack.kernels.cpu import affine_rows, jit, lookup_rows, lookups, pool
+from kvpack.kernels.cpu import affine_rows, lookup_rows, lookups, pool
+from kvpack.kernels.cpu.entries import entry
+from kvpack.kernels.cpu.tensors import KINDS, zeros
 from kvpack.ops import masks
 
-_KINDS = {
-    torch.float32: jit.FLOAT32,
-    torch.float16: jit.FLOAT16,
-    torch.bfloat16: jit.BFLOAT16,
-    torch.float8_e4m3fn: jit.FLOAT8,
-}
 _CODES = {"even": lookup_rows.EVEN, "mirrored": lookup_rows.MIRRORED, "vectors": lookup_rows.VECTORS}
 _TOGETHER = 4
 """Rows that are summed together, and what the rows of an item are a multiple of."""
@@ -33,7 +29,7 @@ def fits(x: CodedRows) -> bool:
     """Whether the kernels can read these codes: rows in one piece, one regular outer axis."""
     held = [t for t in (x.codes, x.first, x.second, x.mask) if t is not None]
     flat = x.codes.dim() == 2 or all(t.is_contiguous() for t in held)
-    return flat and x.first.dtype in _KINDS and all(t.stride(-1) == 1 or t.shape[-1] == 1 for t in held)
+    return flat and x.first.dtype in KINDS and all(t.stride(-1) == 1 or t.shape[-1] == 1 for t in held)
 
 
 def scores(query: Tensor, x: CodedRows) -> Tensor:
@@ -96,23 +92,17 @@ def _run(mode: int, x: CodedRows, share: int, source: Tensor | None, out: Tensor
     places = _places(x.keep, x.of)
     rows, wide, given = (0, 0, 0) if source is None else (*source.shape[-2:], source.data_ptr())
     pool.run(
-        lookup_rows.entry(),
+        entry("lookup_rows"),
         outer * items,
         lookup_rows.scratch_bytes(together, x.channels, x.width),
         *(tokens, x.channels, rows, share, items, together),
         *(*_place(x.codes), *_place(x.first), *_place(second)),
         *((0, 0, 0) if x.mask is None else _place(x.mask)),
         *(given, wide, out.data_ptr(), mode, _CODES[x.kind], x.bits),
-        *(_KINDS[x.first.dtype], _zeros(x.second), _KINDS[out.dtype], x.group, x.width, _vector(x)),
+        *(KINDS[x.first.dtype], zeros(x.second), KINDS[out.dtype], x.group, x.width, _vector(x)),
         *(x.keep, x.of, masks.index_bits(x.keep, x.of), places.data_ptr(), len(places)),
         0 if pairs is None else pairs.data_ptr(),
     )
-
-
-def _zeros(zero: Tensor | None) -> int:
-    if zero is None:
-        return affine_rows.CENTRED
-    return affine_rows.OFFSET if zero.dtype.is_floating_point else affine_rows.CENTRED_INTEGER
 
 
 def _place(tensor: Tensor) -> tuple[int, int, int]:

@@ -276,12 +276,11 @@ def _work(f: Any) -> Any:
                 _use(f, o, start, count, rows, total)
 
 
-@jit.built_once
-def entry() -> Any:
-    """What the pool runs."""
+def compiled() -> Any:
+    """The loop as a C function; numba keeps it where `objects` does not."""
     stamp = jit.stamp()
 
-    @cfunc(ENTRY, cache=True)
+    @cfunc(ENTRY, cache=jit.KEPT_BY_NUMBA)
     def run(pointer: Any) -> None:
         if stamp:
             _work(jit.address_of(pointer))

@@ -8,18 +8,13 @@ import torch
 from torch import Tensor
 
 from kvpack.core.rows import LevelCodes, Place, Spread, Step, TokenRows, Turn
-from kvpack.kernels.cpu import affine, jit, pool, stored_floats, token_rows
+from kvpack.kernels.cpu import affine, pool, stored_floats, tensors, token_rows
 from kvpack.kernels.cpu.affine_rows import CHANNEL, MIX, SCORES, TOKEN
 from kvpack.kernels.cpu.codes import LANES
+from kvpack.kernels.cpu.entries import entry
 from kvpack.ops.packed_affine import AffineCodes
 
-_KINDS = {
-    torch.float32: jit.FLOAT32,
-    torch.float16: jit.FLOAT16,
-    torch.bfloat16: jit.BFLOAT16,
-    torch.float8_e4m3fn: jit.FLOAT8,
-    torch.float8_e5m2: stored_floats.FLOAT8_WIDE,
-}
+_KINDS = {**tensors.KINDS, torch.float8_e5m2: stored_floats.FLOAT8_WIDE}
 _TILE_NUMBERS = 8192
 _MOST_TOKENS = 512
 _NOWHERE = (0, 0, 0, 0)
@@ -105,7 +100,7 @@ def _run(mode: int, x: TokenRows, given: Tensor, out: Tensor, per_item: int) -> 
     items, together = -(-tokens // per_item), max(1, _TILE_NUMBERS // channels)
     held: list[Tensor] = []
     pool.run(
-        token_rows.entry(),
+        entry("token_rows"),
         batch * outer * items,
         token_rows.scratch_bytes(together, channels),
         *(outer, tokens, channels, given.shape[-2], per_item, items),
@@ -120,7 +115,7 @@ def _source(source: Any, mode: int, given: Tensor, out: Tensor) -> tuple[int, ..
     """Numbers 11 to 30 of a frame."""
     ends = (given.data_ptr(), out.data_ptr(), mode)
     if isinstance(source, AffineCodes):
-        zero = affine._zero(source)
+        zero = source.scale if source.zero is None else source.zero
         axis = TOKEN if source.axis == "token" else CHANNEL
         places = (*_place(source.codes), *_place(source.scale), *_place(zero))
         return (
@@ -130,7 +125,7 @@ def _source(source: Any, mode: int, given: Tensor, out: Tensor) -> tuple[int, ..
             axis,
             source.bits,
             _KINDS[source.scale.dtype],
-            affine._zeros(source),
+            tensors.zeros(source.zero),
         )
     if isinstance(source, Tensor):
         return (

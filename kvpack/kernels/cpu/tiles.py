@@ -6,10 +6,8 @@ from typing import Any
 
 from kvpack.kernels.cpu import jit, vectors
 from kvpack.kernels.cpu.codes import LANES
+from kvpack.kernels.cpu.frames import TILE as TILE
 from kvpack.kernels.cpu.jit import device
-
-TILE = 32
-"""Rows that are decoded at a time."""
 
 
 @device
