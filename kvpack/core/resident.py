@@ -8,6 +8,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from kvpack.core import containers
+
 _KIB = 1024
 
 
@@ -35,8 +37,9 @@ def own_bytes() -> int | None:
 
 
 def available_bytes() -> int | None:
-    """Memory of the machine that new work can have without swapping."""
-    return _field("/proc/meminfo", "MemAvailable")
+    """Memory that new work can have without swapping: of the machine, and of the container this runs in."""
+    free, room = _field("/proc/meminfo", "MemAvailable"), containers.room()
+    return free if free is None or room is None else min(free, room)
 
 
 def reset_peak() -> bool:
