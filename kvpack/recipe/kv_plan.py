@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class KVLayerPlan:
         index = {} if self.retrieval is None else {"index": self.retrieval.index}
         return {"key": self.key, "value": self.value, **index}
 
-    @property
+    @functools.cached_property
     def reading(self) -> Reading:
         """Which way attention takes."""
         reasons = {

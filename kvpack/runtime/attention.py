@@ -158,7 +158,7 @@ def attend(
 ) -> Tensor:
     """Attention of the newest tokens over the slots from `start` on: [B, T, H, D], in the queries' dtype."""
     batch, heads, tokens, channels = call.query.shape
-    kv_heads = keys.tail.shape[1]
+    kv_heads = keys.tail_shape[1]
     rows = call.query.float().mul(call.scaling).reshape(batch, kv_heads, -1, channels)
     key_side, value_side = Keys(keys, track, rows), Values(values, track)
     masks, running = _Masks(call, overlay, kv_heads, start, keys.length), _Running(rows)

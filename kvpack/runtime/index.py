@@ -61,7 +61,7 @@ class Index:
         """Queries [B, K, G, T, D'] in the basis of the codes."""
         count, length = query.shape[2], self._plane.length
         positions = tokens.positions_of(length - count, length)
-        grouped = torch.unflatten(query, 1, (self._plane.tail.shape[1], -1))
+        grouped = torch.unflatten(query, 1, (self._plane.tail_shape[1], -1))
         # One query head of every kv head at a time, so that positions fit the tokens.
         heads = list(grouped.unbind(2))
         for transform, state, site in self._plane.transforms:

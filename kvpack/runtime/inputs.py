@@ -86,7 +86,7 @@ class InputsLayer(KVPackLayer):
     def _stored_inputs(self, name: Plane, start: int, stop: int) -> Tensor:
         """X [B, stop - start, C] of the slots from `start` to the newest, `stop`, as a plane has it."""
         plane, basis = self._planes[name], self._bases.get(name)
-        out = plane.tail.new_empty((plane.tail.shape[0], 1, stop - start, plane.tail.shape[3]))
+        out = plane.tail.new_empty((plane.tail_shape[0], 1, stop - start, plane.tail_shape[3]))
         plane.read(out, start, self.track)
         x = out.squeeze(1)
         return x if basis is None else (x.float() @ basis.to(x.device).float().mT).to(x.dtype)

@@ -212,7 +212,7 @@ class KVPackLayer(Holdings, Revisions, CacheLayerMixin):
         extra = new[0].shape[2] if new else 0
         planes = (self._planes["key"], self._planes["value"])
         keys, values = (
-            p.tail.new_empty((*p.tail.shape[:2], past - start + extra, p.tail.shape[3])) for p in planes
+            p.tail.new_empty((*p.tail_shape[:2], past - start + extra, p.tail_shape[3])) for p in planes
         )
         with torch.no_grad():
             planes[0].read(keys, start, self.track)

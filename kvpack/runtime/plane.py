@@ -63,12 +63,12 @@ class PlaneCache:
     @property
     def coded_shape(self) -> Shape:
         """[B, K', token block, D'] of what the codecs see."""
-        return (self.tail.shape[0], *self._coded_shape[1:])
+        return (self.tail_shape[0], *self._coded_shape[1:])
 
     @property
     def keeps_heads(self) -> bool:
         """Whether the codecs see one head for each of the plane's, of the same width."""
-        return tuple(self._coded_shape[1::2]) == (self.tail.shape[1], self.tail.shape[3])
+        return tuple(self._coded_shape[1::2]) == (self.tail_shape[1], self.tail_shape[3])
 
     @property
     def in_rows(self) -> bool:
@@ -88,7 +88,7 @@ class PlaneCache:
         valid = tokens.valid_of(self.tail_start, self.length)
         positions = tokens.positions_of(self.tail_start, self.length)
         # One query head of every kv head at a time, so that positions fit the tokens.
-        heads = list(torch.unflatten(queries, 1, (self.tail.shape[1], -1)).unbind(2))
+        heads = list(torch.unflatten(queries, 1, (self.tail_shape[1], -1)).unbind(2))
         x: Tensor = self.tail
         for i, (transform, _, site) in enumerate(self.transforms):
             at = replace(site, positions=positions)
@@ -103,7 +103,7 @@ class PlaneCache:
     @property
     def length(self) -> int:
         """Slots so far, dropped ones included."""
-        return self.tail_start + self.tail.shape[2]
+        return self.tail_start + self.tail_shape[2]
 
     @property
     def stored_tokens(self) -> int:
@@ -123,12 +123,17 @@ class PlaneCache:
 
     @property
     def _piece_tokens(self) -> int:
-        return max(1, PIECE_ELEMENTS // (self.tail.shape[0] * self.tail.shape[1] * self.tail.shape[3]))
+        return max(1, PIECE_ELEMENTS // (self.tail_shape[0] * self.tail_shape[1] * self.tail_shape[3]))
 
     @property
     def tail(self) -> Tensor:
         """The exact slots [B, K, T, D]; a view that the next change of the plane may overwrite."""
         return self._tail.tokens
+
+    @property
+    def tail_shape(self) -> tuple[int, int, int, int]:
+        """That of `tail`."""
+        return self._tail.shape
 
     def append(self, x: Tensor) -> None:
         """Add exact tokens [B, K, T, D] to the tail."""
@@ -208,7 +213,7 @@ class PlaneCache:
     def _valid(self, start: int, length: int, tokens: TokenTrack, overlay: Overlay) -> Tensor | None:
         """Which slots shape a codec's scales: neither padding nor protected ones; None for all."""
         valid = tokens.valid_of(start, start + length)
-        protected = overlay.mask(self.tail.shape[0], start, start + length)
+        protected = overlay.mask(self.tail_shape[0], start, start + length)
         if protected is None:
             return valid
         return ~protected if valid is None else valid & ~protected

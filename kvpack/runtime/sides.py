@@ -77,7 +77,7 @@ class _Side:
         """Coded slots for loops that transform them back row by row; others before and behind them."""
         found, before, behind = tier.rows(skip, stop - start)
         steps: list[Step] = []
-        heads = self.plane.tail.shape[1] // self.plane.coded_shape[1]
+        heads = self.plane.tail_shape[1] // self.plane.coded_shape[1]
         for step in self._steps(start, stop):
             if isinstance(step, Turn) and before + behind:
                 own, other = (pad(t, (0, 0, before, behind)) for t in (step.own, step.other))
@@ -88,7 +88,8 @@ class _Side:
 
     def _steps(self, start: int, stop: int) -> Iterator[Step]:
         """How rows come back to the model's basis; what depends on positions is shared by all layers."""
-        shape, found = tuple(self.plane.tail.shape), []
+        shape: tuple[int, ...] = self.plane.tail_shape
+        found = []
         for transform, state, site in self.plane.row_transforms:
             if transform.needs_rope:
                 known, key = self.track.turns, (transform, site.rope, shape[3], start, stop)

@@ -30,6 +30,12 @@ class Tail:
         return self._buffer[:, :, self._start : self._stop]
 
     @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """That of `tokens`."""
+        batch, heads, _, channels = self._buffer.shape
+        return batch, heads, self._stop - self._start, channels
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the tokens."""
         return self._bytes_per_token * (self._stop - self._start)

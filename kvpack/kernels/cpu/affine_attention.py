@@ -28,12 +28,16 @@ from kvpack.kernels.cpu.tiles import TILE, products, sums
 
 
 @device
-def _weigh(f: Any, mask: Any, count: Any, scores: Any, index: Any, total: Any) -> Any:
-    """Turn the scores [M, TILE] of a tile into weights; bring what was summed up to the new maxima."""
+def _weigh(f: Any, mask: Any, count: Any, scores: Any, maxima: Any, weights: Any, total: Any) -> Any:
+    """Turn the scores [M, TILE] of a tile into weights; bring what was summed up to the new maxima.
+
+    Maxima and sums of weights [M] are a thread's own: side by side in the output, those of several
+    heads would share cache lines, which threads would take from each other.
+    """
     queries, channels = at(f, 8), at(f, 7)
     for m in range(queries):
-        row, place = scores + 4 * TILE * m, 4 * (index * queries + m)
-        highest = jit.read_float(at(f, 33) + place)
+        row, held = scores + 4 * TILE * m, weights + 4 * m
+        highest = jit.read_float(maxima + 4 * m)
         before = highest
         for i in range(count):
             score = jit.read_float(row + 4 * i)
@@ -46,10 +50,9 @@ def _weigh(f: Any, mask: Any, count: Any, scores: Any, index: Any, total: Any) -
         # A row that has read nothing yet has no maximum to subtract.
         shift = np.float32(0) if highest == np.float32(-np.inf) else highest
         found = exponentials.exponentials(row, TILE, shift)
-        held = at(f, 34) + place
         if highest > before:
             decay = exponentials.exponential(before - shift)
-            jit.write_float(at(f, 33) + place, highest)
+            jit.write_float(maxima + 4 * m, highest)
             jit.write_float(held, jit.read_float(held) * decay)
             for j in range(channels):
                 target = total + 4 * (m * channels + j)
@@ -65,6 +68,8 @@ def _work(f: Any) -> Any:
     step = rows + 4 * TILE * channels
     offset = step + 4 * TILE * channels
     scores, outer = offset + 4 * TILE * channels, at(f, 1) // parts
+    maxima = scores + 4 * TILE * queries
+    weights = maxima + 4 * queries
     while True:
         item = jit.add_to(f, 1)
         if item >= at(f, 1):
@@ -74,17 +79,21 @@ def _work(f: Any) -> Any:
         index = part * outer + o
         total, query = at(f, 25) + 4 * index * queries * channels, at(f, 24) + 4 * o * queries * channels
         jit.fill(total, queries * channels, 0.0)
-        jit.fill(at(f, 33) + 4 * index * queries, queries, -np.inf)
-        jit.fill(at(f, 34) + 4 * index * queries, queries, 0.0)
+        jit.fill(maxima, queries, -np.inf)
+        jit.fill(weights, queries, 0.0)
         last = min(at(f, 6), (part + 1) * each)
         for start in range(part * each, last, TILE):
             count = min(TILE, last - start)
             decode_tile(f, b, k, at(f, 32) + start, count, rows, step, offset)
             products(rows, 4 * channels, count, channels, query, queries, scores, 4 * TILE)
             mask = at(f, 35) + 4 * (b * at(f, 6) + start) if at(f, 35) else 0
-            _weigh(f, mask, count, scores, index, total)
+            _weigh(f, mask, count, scores, maxima, weights, total)
             decode_tile(at(f, 31), b, k, at(f, 32) + start, count, rows, step, offset)
             sums(rows, 4 * channels, count, channels, scores, queries, total, 4 * TILE)
+        for m in range(queries):
+            place = 4 * (index * queries + m)
+            jit.write_float(at(f, 33) + place, jit.read_float(maxima + 4 * m))
+            jit.write_float(at(f, 34) + place, jit.read_float(weights + 4 * m))
 
 
 def compiled() -> Any:

@@ -76,5 +76,8 @@ def integer_key(bits: int, fields: int, chunk: int) -> int:
 
 
 def attention_scratch(channels: int, queries: int) -> int:
-    """Scratch of a thread of `affine_attention`: a tile of numbers, steps and offsets; scores of a tile."""
-    return 4 * TILE * (3 * channels + queries)
+    """Scratch of a thread of `affine_attention`.
+
+    It holds a tile of numbers, steps and offsets; scores of a tile; maxima and sums of weights.
+    """
+    return 4 * (TILE * (3 * channels + queries) + 2 * queries)
