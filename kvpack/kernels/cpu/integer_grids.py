@@ -78,38 +78,41 @@ def weigh(
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        scale, scale_kind, zero, zero_kind, zeros, half, groups, count = arguments[:8]
-        factors, chunks, sums, steps, weights, starts = arguments[8:]
-
-        def step(first: Any, values: list[Any]) -> list[Any]:
-            numbers = _eight(builder, scale, first, scale_kind)
-            vectors.store(builder, numbers, builder.add(steps, builder.mul(first, I64(4))))
-            low = _low(builder, numbers, zero, first, zero_kind, zeros, half)
-
-            def one(n: Any, inner: list[Any]) -> list[Any]:
-                def place(base: Any, width: Any) -> Any:
-                    index = builder.add(builder.mul(n, width), first)
-                    return builder.add(base, builder.mul(index, I64(4)))
-
-                own, share = place(factors, chunks), place(sums, groups)
-                _weigh_eight(
-                    builder, numbers, low, own, place(weights, line), share, _start(builder, starts, n)
-                )
-                return inner
-
-            return vectors.loop(builder, count, 1, values, one)
-
-        def begin(n: Any, values: list[Any]) -> list[Any]:
-            vectors.store(builder, constant(EIGHT, [0.0] * GROUPS), _start(builder, starts, n))
-            return values
-
-        line = builder.add(chunks, I64(GROUPS))
-        vectors.loop(builder, count, 1, [], begin)
-        vectors.loop(builder, groups, GROUPS, [], step)
+        _weigh(builder, arguments)
         return context.get_dummy_value()
 
     kinds = [ADDRESS, types.int64, ADDRESS, types.int64, types.int64, types.float32, types.int64]
     return types.void(*kinds, *[ADDRESS] * 7), generate
+
+
+def _weigh(builder: Any, arguments: Any) -> None:
+    """`weigh`: eight groups at a time, whose grid is read once for all vectors."""
+    scale, scale_kind, zero, zero_kind, zeros, half, groups, count = arguments[:8]
+    factors, chunks, sums, steps, weights, starts = arguments[8:]
+    line = builder.add(chunks, I64(GROUPS))
+
+    def begin(n: Any, values: list[Any]) -> list[Any]:
+        vectors.store(builder, constant(EIGHT, [0.0] * GROUPS), _start(builder, starts, n))
+        return values
+
+    def step(first: Any, values: list[Any]) -> list[Any]:
+        numbers = _eight(builder, scale, first, scale_kind)
+        vectors.store(builder, numbers, builder.add(steps, builder.mul(first, I64(4))))
+        low = _low(builder, numbers, zero, first, zero_kind, zeros, half)
+
+        def one(n: Any, inner: list[Any]) -> list[Any]:
+            def place(base: Any, width: Any) -> Any:
+                index = builder.add(builder.mul(n, width), first)
+                return builder.add(base, builder.mul(index, I64(4)))
+
+            own, out, share = place(factors, chunks), place(weights, line), place(sums, groups)
+            _weigh_eight(builder, numbers, low, own, out, share, _start(builder, starts, n))
+            return inner
+
+        return vectors.loop(builder, count, 1, values, one)
+
+    vectors.loop(builder, count, 1, [], begin)
+    vectors.loop(builder, groups, GROUPS, [], step)
 
 
 def _start(builder: Any, starts: Any, n: Any) -> Any:
